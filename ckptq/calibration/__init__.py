@@ -1,0 +1,47 @@
+"""Where calibration samples come from: one file per source, each with `load(settings) -> list[Sample]`. Found by the source's name.
+
+A source only finds and chooses. Which samples, and in which order, follows from the files' content and the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptq.errors import CalibrationError
+from ckptq.recipe import BuiltinCalibration, CocoCalibration, TextCalibration
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One calibration sample. `name` says where it came from, for messages.
+
+    With an image: the user shows it and asks `prompt`, the assistant answers `text`. With a prompt alone: the same without the
+    image. Without either: `text` as it stands, with no chat template.
+    """
+
+    name: str
+    text: str
+    prompt: str | None = None
+    image: Path | None = None
+
+
+def load_samples(settings: CocoCalibration | TextCalibration | BuiltinCalibration) -> list[Sample]:
+    """The chosen samples, in the seed's order; at most `settings.samples`. Raises CalibrationError where there are none."""
+    samples: list[Sample] = importlib.import_module(f"{__name__}.{settings.source}").load(settings)
+    if not samples:
+        raise CalibrationError(f"calibration source {settings.source!r} holds no usable sample")
+    return samples
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 over texts, prompts and image bytes, in order: what the result depends on, and no path."""
+    total = hashlib.sha256()
+    for sample in samples:
+        parts = (sample.text.encode(), (sample.prompt or "").encode(), sample.image.read_bytes() if sample.image else b"")
+        for part in parts:
+            total.update(len(part).to_bytes(8, "little") + part)
+    return total.hexdigest()

@@ -1,0 +1,288 @@
+"""Makes the plan from headers, config and recipe. Pure: no torch, no I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ckptq.checkpoint import FLOATS, INDEX, SINGLE, Component, SourceTensor
+from ckptq.errors import RecipeError, SourceError, UnsupportedError
+from ckptq.plan import (
+    SCHEMES,
+    Copy,
+    Decision,
+    Exporter,
+    Layout,
+    Observer,
+    Op,
+    Plan,
+    QuantizedGroup,
+    ShardSpec,
+    module_of,
+)  # fmt: skip
+from ckptq.recipe import Recipe, close
+from ckptq.scopes import Scope
+
+
+def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exporter) -> Plan:
+    """The plan for one component.
+
+    Raises RecipeError for patterns that match nothing or split a fused group, SourceError for tensors that the config calls
+    for and the files lack, UnsupportedError for a source that is quantized already.
+    """
+    _refuse_quantized(component)
+    layers = scope.layer_count(component.config)
+    linears = _language_linears(component, scope, layers)
+    decisions = _decide(recipe, component, scope, linears)
+    action = {d.module: d.action for d in decisions}
+    groups = tuple(_groups(scope, linears, action, decisions))
+    if not groups:
+        raise RecipeError("the recipe quantizes nothing: every linear that a rule matches is also in keep")
+    layout = Layout(groups, _kept_parts(component, scope), tuple(m for m in linears if action[m] == "keep"), recipe.kv_cache)
+    kv = _kv_observers(scope, linears, layers) if recipe.kv_cache else {}
+    shards = tuple(_shard(_units(component, groups, kv, exporter), recipe.export.shard_size))
+    section = exporter.quantization_config(layout)
+    files = {"config.json": insert_section(component.config_text, "quantization_config", section)}
+    files |= {name: json.dumps(body, indent=4) + "\n" for name, body in exporter.extra_files(layout).items()}
+    if len(shards) > 1:
+        files[INDEX] = _index(shards)
+    observers = tuple(dict.fromkeys(o for shard in shards for op in shard.ops if not isinstance(op, Copy) for o in op.amax))
+    plan = Plan(
+        digest="",
+        shards=shards,
+        decisions=decisions,
+        observers=observers,
+        files=MappingProxyType(files),
+        config_changes=("quantization_config: added",),
+        sidecars=tuple(s for s in component.sidecars if s not in files),
+        left_out=component.left_out,
+        layer_count=layers,
+    )
+    # Two plans of one digest write the same names, shapes, offsets and files: every field is frozen and shows in its repr.
+    return dataclasses.replace(plan, digest=hashlib.sha256(repr(plan).encode()).hexdigest())
+
+
+def matches(pattern: str, module: str, scope: Scope) -> bool:
+    """Whether a recipe's pattern names the module, or a module around it, in any generation of names."""
+    return any(fnmatch.fnmatchcase(s, pattern) or s.startswith(pattern + ".") for s in scope.spellings(module))
+
+
+def _refuse_quantized(component: Component) -> None:
+    section = component.config.get("quantization_config")
+    if section is None and "hf_quant_config.json" not in component.sidecars:
+        narrow = next((t.spec for t in component.tensors.values() if t.spec.dtype.startswith("F8")), None)
+        if narrow is None:
+            return
+        what = f"{narrow.name} is {narrow.dtype}"
+    else:
+        method = section.get("quant_method") if isinstance(section, Mapping) else None
+        what = f"config.json says quant_method {method!r}" if section is not None else "there is a hf_quant_config.json"
+    raise UnsupportedError(f"the source is quantized already: {what}", hint="start from the BF16 checkpoint")
+
+
+def _language_linears(component: Component, scope: Scope, layers: int) -> dict[str, int]:
+    """{source module: layer} of every quantizable linear, complete and checked."""
+    found: dict[tuple[int, str], str] = {}
+    for name in component.tensors:
+        at = scope.layer_of(name)
+        if at is None:
+            continue
+        if at[0] >= layers:
+            raise SourceError(f"{name}: stored, but config.json has num_hidden_layers {layers}")
+        if at[1].endswith(".weight"):
+            found[at[0], module_of(at[1])] = module_of(name)
+    linears: dict[str, int] = {}
+    for layer in range(layers):
+        for fused in scope.linears:
+            for shard in fused.shards:
+                module = found.get((layer, shard))
+                if module is None:
+                    raise SourceError(
+                        f"{scope.layers}.{layer}.{shard}.weight: missing; config.json calls for {layers} layers",
+                        hint="fetch the checkpoint again",
+                    )
+                spec = component.tensors[f"{module}.weight"].spec
+                if len(spec.shape) != 2 or spec.dtype not in FLOATS:
+                    raise SourceError(f"{spec.name}: expected a 2-D float weight, found {spec.dtype} {list(spec.shape)}")
+                linears[module] = layer
+    return linears
+
+
+def _decide(recipe: Recipe, component: Component, scope: Scope, linears: Mapping[str, int]) -> tuple[Decision, ...]:
+    modules = dict.fromkeys(module_of(n) for n in component.tensors if n.endswith(".weight"))
+    canonical = {scope.canonical(m) for m in modules}
+    modules |= dict.fromkeys(k for k in scope.kept if k not in canonical)  # a tied lm_head has no tensor of its own
+    _refuse_idle_patterns(recipe, scope, modules, linears)
+    return tuple(_decision(module, recipe, scope, linears) for module in modules)
+
+
+def _decision(module: str, recipe: Recipe, scope: Scope, linears: Mapping[str, int]) -> Decision:
+    for pattern in recipe.keep:
+        if matches(pattern, module, scope):
+            return Decision(module, "keep", f"keep: {pattern}", "kept by the recipe")
+    for rule in recipe.quantize:
+        for pattern in rule.modules:
+            if not matches(pattern, module, scope):
+                continue
+            if module in linears:
+                return Decision(module, rule.scheme, f"quantize: {pattern}", f"linear of layer {linears[module]}")
+            if _is_other_linear(module, scope):
+                raise RecipeError(
+                    f"quantize pattern {pattern!r} matches {module}, which is outside the language model's layers; "
+                    f"the scope {scope.name} quantizes those only",
+                    hint=f"add {module.split('.')[0]!r} to keep, or narrow the pattern to {scope.layers + '.*'!r}",
+                )
+            return Decision(module, "keep", f"quantize: {pattern}", "not a linear")
+    return Decision(module, "keep", "", "no rule matches" if module in linears or _is_other_linear(module, scope) else "not a linear")
+
+
+def _is_other_linear(module: str, scope: Scope) -> bool:
+    """Whether the module is a linear of a tower, or an output head: something a user could mean to quantize."""
+    name = scope.canonical(module)
+    towers = ((tower.prefix, shard) for tower in scope.towers for fused in tower.linears for shard in fused.shards)
+    return name == "lm_head" or any(fnmatch.fnmatchcase(name, f"{p}.{s.replace('{i}', '*')}") for p, s in towers)
+
+
+def _refuse_idle_patterns(recipe: Recipe, scope: Scope, modules: Iterable[str], linears: Mapping[str, int]) -> None:
+    named = list(modules)
+    lines = [("keep", p) for p in recipe.keep] + [("quantize", p) for rule in recipe.quantize for p in rule.modules]
+    idle = [f"{kind} pattern {p!r} matches no module{_close_module(p, named)}" for kind, p in lines if not _any(p, named, scope)]
+    idle += [
+        f"quantize pattern {p!r} matches no linear of the language model"
+        for p in (p for rule in recipe.quantize for p in rule.modules)
+        if _any(p, named, scope) and not _any(p, linears, scope)
+    ]
+    if idle:
+        raise RecipeError("\n".join(idle), hint="`ckptq inspect SRC` lists the modules")
+
+
+def _any(pattern: str, modules: Iterable[str], scope: Scope) -> bool:
+    return any(matches(pattern, m, scope) for m in modules)
+
+
+def _close_module(pattern: str, modules: Sequence[str]) -> str:
+    prefixes = {".".join(m.split(".")[:n]) for m in modules for n in range(1, m.count(".") + 2)}
+    return close(pattern.strip("*."), prefixes) if close(pattern.strip("*."), prefixes).startswith("; did") else ""
+
+
+def _groups(
+    scope: Scope, linears: Mapping[str, int], action: Mapping[str, str], decisions: Sequence[Decision]
+) -> Iterator[QuantizedGroup]:
+    by_place = {(layer, scope.layer_of(module + ".")[1][:-1]): module for module, layer in linears.items()}  # type: ignore[index]
+    rule_of = {d.module: d.rule or "no rule" for d in decisions}
+    for layer in sorted(set(linears.values())):
+        for fused in scope.linears:
+            shards = tuple(by_place[layer, shard] for shard in fused.shards)
+            if len({action[m] for m in shards}) > 1:
+                told = "; ".join(f"{m}: {action[m]} ({rule_of[m]})" for m in shards)
+                raise RecipeError(
+                    f"the server fuses {', '.join(shards)} into {fused.runtime}, so they must get one scheme; the recipe says {told}",
+                    hint="give all of them to one rule, or keep all of them",
+                )
+            if action[shards[0]] != "keep":
+                yield QuantizedGroup(layer, shards, SCHEMES[action[shards[0]]])
+
+
+def _kept_parts(component: Component, scope: Scope) -> tuple[str, ...]:
+    """The roots that stay, as this source spells them: `lm_head`, `model.embed_tokens`, `visual`."""
+    roots = [*scope.kept]
+    for tower in scope.towers:
+        spelled = (n for n in component.tensors if scope.canonical(n).startswith(tower.prefix + "."))
+        name = next(spelled, None)
+        if name is not None:
+            rest = len(scope.canonical(name)) - len(tower.prefix)
+            roots.append(name[: len(name) - rest])
+    spelled_kept = {scope.canonical(module_of(n)): module_of(n) for n in component.tensors}
+    return tuple(spelled_kept.get(root, root) for root in roots)
+
+
+def _kv_observers(scope: Scope, linears: Mapping[str, int], layers: int) -> dict[str, tuple[Observer, Observer]]:
+    """{K module: (K observer, V observer)} for every layer: the server wants all of them or none."""
+    by_place = {scope.canonical(module): module for module in linears}
+    found = {}
+    for layer in range(layers):
+        k, v = (by_place[f"{scope.layers}.{layer}.{part}"] for part in scope.kv)
+        found[k] = (Observer(k, "k", layer), Observer(v, "v", layer))
+    return found
+
+
+def _units(
+    component: Component, groups: Sequence[QuantizedGroup], kv: Mapping[str, tuple[Observer, Observer]], exporter: Exporter
+) -> list[tuple[Op, ...]]:
+    """The operations that belong in one file together, in the source's order. A fused group is one unit."""
+    group_of = {f"{m}.weight": group for group in groups for m in group.modules}
+    done: set[str] = set()
+    units: list[tuple[Op, ...]] = []
+    for name, _tensor in sorted(component.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+        if name in done:
+            continue
+        unit: list[Op] = []
+        for weight in _members(name, group_of):
+            done.add(weight)
+            unit += _tensor_ops(component.tensors[weight], group_of.get(weight), exporter)
+            if weight == f"{module_of(weight)}.weight" and module_of(weight) in kv:
+                unit += exporter.kv_ops(*kv[module_of(weight)])
+        units.append(tuple(unit))
+    return units
+
+
+def _members(name: str, group_of: Mapping[str, QuantizedGroup]) -> tuple[str, ...]:
+    return tuple(f"{m}.weight" for m in group_of[name].modules) if name in group_of else (name,)
+
+
+def _tensor_ops(tensor: SourceTensor, group: QuantizedGroup | None, exporter: Exporter) -> tuple[Op, ...]:
+    if group is None:
+        return (Copy(tensor.spec.name, tensor.spec),)
+    return exporter.linear_ops(module_of(tensor.spec.name), tensor.spec, group)
+
+
+def _shard(units: Sequence[tuple[Op, ...]], limit: int) -> Iterator[ShardSpec]:
+    """Fills files in order up to `limit` data bytes; a unit larger than that gets a file of its own."""
+    files: list[list[Op]] = [[]]
+    size = 0
+    for unit in units:
+        nbytes = sum(op.output.nbytes for op in unit)
+        if files[-1] and size + nbytes > limit:
+            files.append([])
+            size = 0
+        files[-1] += unit
+        size += nbytes
+    for i, ops in enumerate(files, 1):
+        file = SINGLE if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
+        yield _lay_out(file, ops)
+
+
+def _lay_out(file: str, ops: Sequence[Op]) -> ShardSpec:
+    """Wide dtypes first, so that every tensor is aligned to its own size whatever stands before it."""
+    specs = sorted((op.output for op in ops), key=lambda s: -(s.nbytes // s.numel if s.numel else 1))
+    offsets, at = {}, 0
+    for spec in specs:
+        if spec.name in offsets:
+            raise AssertionError(f"{spec.name} is planned twice")
+        offsets[spec.name] = at
+        at += spec.nbytes
+    return ShardSpec(file, tuple(ops), MappingProxyType(offsets), at)
+
+
+def _index(shards: Sequence[ShardSpec]) -> str:
+    weight_map = {op.output.name: shard.file for shard in shards for op in shard.ops}
+    total = sum(shard.data_bytes for shard in shards)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+
+
+def insert_section(text: str, key: str, section: Mapping[str, Any]) -> str:
+    """`text`, a JSON object, with one more key at its end. Every other byte stays: numbers keep the form they were written in."""
+    body = text.rstrip()
+    inside = body[:-1].rstrip()
+    indent = next((line[: len(line) - len(line.lstrip())] for line in body.splitlines()[1:] if line.strip() != "}"), "  ")
+    value = json.dumps(section, indent=len(indent.expandtabs(2)) or 2).replace("\n", "\n" + indent)
+    comma = "" if inside.endswith("{") else ","
+    result = f'{inside}{comma}\n{indent}"{key}": {value}\n}}{text[len(body) :]}'
+    if json.loads(result) != {**json.loads(text), key: section}:
+        raise AssertionError("config.json was not extended as intended")
+    return result
