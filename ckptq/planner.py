@@ -37,8 +37,8 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
     """
     _refuse_quantized(component)
     layers = scope.layer_count(component.config)
-    linears = _language_linears(component, scope, layers)
-    decisions = _decide(recipe, component, scope, linears)
+    linears = language_linears(component, scope)
+    decisions = decide(recipe, component, scope)
     action = {d.module: d.action for d in decisions}
     groups = tuple(_groups(scope, linears, action, decisions))
     if not groups:
@@ -85,8 +85,9 @@ def _refuse_quantized(component: Component) -> None:
     raise UnsupportedError(f"the source is quantized already: {what}", hint="start from the BF16 checkpoint")
 
 
-def _language_linears(component: Component, scope: Scope, layers: int) -> dict[str, int]:
-    """{source module: layer} of every quantizable linear, complete and checked."""
+def language_linears(component: Component, scope: Scope) -> dict[str, int]:
+    """{source module: layer} of every quantizable linear. Raises SourceError where one is missing or no 2-D float weight."""
+    layers = scope.layer_count(component.config)
     found: dict[tuple[int, str], str] = {}
     for name in component.tensors:
         at = scope.layer_of(name)
@@ -113,7 +114,9 @@ def _language_linears(component: Component, scope: Scope, layers: int) -> dict[s
     return linears
 
 
-def _decide(recipe: Recipe, component: Component, scope: Scope, linears: Mapping[str, int]) -> tuple[Decision, ...]:
+def decide(recipe: Recipe, component: Component, scope: Scope) -> tuple[Decision, ...]:
+    """What becomes of every module. Raises RecipeError for a pattern that matches nothing or reaches outside the scope."""
+    linears = language_linears(component, scope)
     modules = dict.fromkeys(module_of(n) for n in component.tensors if n.endswith(".weight"))
     canonical = {scope.canonical(m) for m in modules}
     modules |= dict.fromkeys(k for k in scope.kept if k not in canonical)  # a tied lm_head has no tensor of its own

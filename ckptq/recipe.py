@@ -31,6 +31,14 @@ def parse_size(value: object) -> int:
     return size
 
 
+def size_option(option: str, value: str | None) -> int | None:
+    """A size given on the command line, or None. Raises RecipeError naming the option."""
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise RecipeError(f"{option}: {error}") from None
+
+
 def _strings(value: object) -> object:
     return [value] if isinstance(value, str) else value
 

@@ -1,0 +1,259 @@
+"""Lock-step calibration: all samples pass decoder layer after decoder layer, and only one layer has weights at a time.
+
+Each sample runs the model's own forward in a greenlet of its own. A hook before every decoder layer switches back to the
+driver here, which gives the layer its weights, lets every sample run through it, takes the layer's amaxes, frees it and goes
+on. What happens between layers happens as in any forward, so nothing is traced and nothing depends on the architecture.
+
+One sample a forward: padding would change the amaxes, and so the result depends on neither batching nor order. The magnitudes
+are measured by ModelOpt's own quantizers in its calibration mode, which changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from ckptq.console import Console
+from ckptq.errors import DataError
+from ckptq.journal import Progress, ProgressFile
+from ckptq.plan import Observer
+from ckptq.streamed import StreamedModel, quiet
+
+with quiet():
+    import modelopt.torch.quantization as mtq
+
+Inputs = dict[str, torch.Tensor]
+E4M3 = (4, 3)
+
+
+def calibrate(
+    streamed: StreamedModel,
+    observers: Sequence[Observer],
+    names: Sequence[str],
+    encode: Callable[[int], Inputs],
+    memory: int,
+    saved: ProgressFile,
+    console: Console,
+) -> dict[Observer, float]:
+    """The amax of every input, K and V observer over all samples.
+
+    names    what each sample is called, for messages
+    encode   sample number -> forward inputs of one unpadded sample, batch dimension 1
+    memory   bytes that waiting samples may hold; more samples than fit are taken in waves, whose maxima are merged
+    saved    where progress is kept, so that a killed run goes on from the layer it had saved
+
+    Raises DataError for NaN or infinite activations and for an observer that no sample reached.
+    """
+    quantizers = _insert_quantizers(streamed, observers)
+    state = saved.load() or Progress()
+    amax = dict(state.amax)
+    by_name = {o.name: o for o in observers}
+    while state.first < len(names):
+        wave = _Wave(streamed, state, names, encode, memory)
+        with torch.inference_mode():
+            count = wave.run(quantizers, amax, saved, console)
+        state = Progress(first=state.first + count, amax=dict(amax))
+        saved.save(state)
+    streamed.release()
+    if unreached := [name for name in by_name if name not in amax]:
+        raise DataError(
+            f"{unreached[0]}: no calibration sample reached {by_name[unreached[0]].module} ({len(unreached)} such observers)",
+            hint="add samples that use it, or keep the module in the recipe",
+        )
+    return {by_name[name]: value for name, value in amax.items()}
+
+
+def _insert_quantizers(streamed: StreamedModel, observers: Sequence[Observer]) -> list[dict[str, Any]]:
+    """ModelOpt's quantizers where observers are, one dict {observer name: quantizer} per layer, ready to collect."""
+    with quiet():
+        wanted = {o: streamed.quantizer_name(o) for o in observers}
+        cfg = {"num_bits": E4M3, "axis": None}
+        rules = [{"quantizer_name": "*", "enable": False}]
+        rules += [{"quantizer_name": pattern, "cfg": cfg} for pattern in dict.fromkeys(_any_layer(n) for n in wanted.values())]
+        mtq.quantize(streamed.model, {"quant_cfg": rules, "algorithm": None})
+    found: list[dict[str, Any]] = [{} for _ in streamed.layers]
+    for observer, name in wanted.items():
+        quantizer = streamed.model.get_submodule(name)
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+        found[observer.layer][observer.name] = quantizer
+    return found
+
+
+def _any_layer(name: str) -> str:
+    """`model.language_model.layers.3.mlp.x` -> `model.language_model.layers.*.mlp.x`: few patterns instead of hundreds."""
+    parts = name.split(".")
+    number = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join([*parts[:number], "*", *parts[number + 1 :]])
+
+
+class _Wave:
+    """The samples that pass the layers together, from `state.first` on: as many as `memory` holds, at least one."""
+
+    def __init__(
+        self, streamed: StreamedModel, state: Progress, names: Sequence[str], encode: Callable[[int], Inputs], memory: int
+    ) -> None:
+        self._streamed = streamed
+        self._state = state
+        self._names = names
+        self._encode = encode
+        self._memory = memory
+        self._driver = getcurrent()
+        self._samples: list[greenlet] = []
+        self._hidden: dict[greenlet, torch.Tensor] = {}
+        self._restored: dict[greenlet, torch.Tensor] = {}
+        self._waiting_bytes = 0
+
+    def run(
+        self, quantizers: Sequence[dict[str, Any]], amax: dict[str, float], saved: ProgressFile, console: Console
+    ) -> int:
+        """Runs the wave to the last layer, raising `amax` in place; the number of samples it took."""
+        layers = self._streamed.layers
+        hooks = [layer.register_forward_pre_hook(self._park, with_kwargs=True) for layer in layers]
+        hooks.append(layers[-1].register_forward_hook(self._end))
+        try:
+            finished = layers[: self._state.layer]
+            with _bypassed(finished):
+                self._enter(console)
+                self._skip(finished)
+            with console.stage("calibrate", len(layers) - self._state.layer, "layers") as advance:
+                for index in self._each_layer():
+                    self._run_layer(index)
+                    _collect(quantizers[index], amax)
+                    if index + 1 < len(layers) and saved.due():
+                        hidden = [self._hidden[sample] for sample in self._samples]
+                        saved.save(Progress(self._state.first, index + 1, amax=dict(amax), hidden=hidden))
+                    advance(1)
+            return len(self._samples)
+        finally:
+            for sample in filter(None, self._samples):  # a greenlet is true while it lives
+                sample.throw()
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, console: Console) -> None:
+        """Starts samples up to the first decoder layer: embeddings and vision tower run here, once per sample."""
+        first, known = self._state.first, len(self._state.hidden)
+        self._streamed.load_resident()
+        with console.stage("enter", known or len(self._names) - first, "samples") as advance:
+            for number in range(first, len(self._names)):
+                # A copy, because memory borrowed from numpy can't be given back by `_free_pixels`.
+                inputs = {name: tensor.to(self._streamed.device, copy=True) for name, tensor in self._encode(number).items()}
+                sample = greenlet(lambda inputs=inputs: self._streamed.model(**inputs, use_cache=False))
+                self._samples.append(sample)
+                sample.switch()
+                _free_pixels(inputs)
+                advance(1)
+                if len(self._samples) == known or (not known and self._waiting_bytes >= self._memory):
+                    break
+        self._streamed.drop_resident()
+
+    def _skip(self, finished: Sequence[torch.nn.Module]) -> None:
+        """Passes the layers that a killed run had finished, without weights, then puts back the hidden states it had saved."""
+        for _ in finished:
+            for sample in self._samples:
+                sample.switch()
+        if self._state.hidden:
+            hidden = (tensor.to(self._streamed.device) for tensor in self._state.hidden)
+            self._restored = dict(zip(self._samples, hidden, strict=True))
+            self._hidden = dict(self._restored)
+
+    def _each_layer(self) -> Iterator[int]:
+        """Layer after layer with its weights in place, the next one being read meanwhile."""
+        streamed, first = self._streamed, self._state.layer
+        with ThreadPoolExecutor(1) as pool:
+            coming: Future[torch.Tensor] = pool.submit(streamed.read_layer, first)
+            for index in range(first, len(streamed.layers)):
+                slot = coming.result()
+                if index + 1 < len(streamed.layers):
+                    coming = pool.submit(streamed.read_layer, index + 1)
+                with streamed.use_layer(index, slot):
+                    yield index
+
+    def _run_layer(self, index: int) -> None:
+        for number, sample in enumerate(self._samples):
+            try:
+                sample.switch()
+            except AssertionError as error:  # ModelOpt's MaxCalibrator, on NaN or infinite input
+                name = self._names[self._state.first + number]
+                raise DataError(
+                    f"layer {index}: NaN or infinite activations with sample {name} ({error})",
+                    hint="leave the sample out, or check the checkpoint: the weights themselves are finite",
+                ) from error
+
+    def _park(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before every decoder layer: wait for the driver. Returns new arguments only where a saved state is put back."""
+        sample = getcurrent()
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if sample not in self._hidden:
+            self._waiting_bytes += _waiting_bytes(hidden, args, kwargs)
+        self._hidden[sample] = hidden
+        del hidden
+        self._driver.switch()
+        restored = self._restored.pop(sample, None)
+        if restored is None:
+            return None
+        if args:
+            return (restored, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": restored}
+
+    def _end(self, layer: torch.nn.Module, args: Any, output: Any) -> None:
+        """After the last decoder layer: nothing is left to measure, so the norm, the head and the logits never run."""
+        self._hidden.pop(getcurrent(), None)
+        self._driver.switch()
+
+
+@contextmanager
+def _bypassed(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Layers called in this context return their input. Decoder layers of transformers 5 return the hidden state alone.
+
+    torch looks a module's forward up before it runs the hooks in which samples park, so this must begin before they enter.
+    """
+    for layer in layers:
+        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _collect(quantizers: dict[str, Any], amax: dict[str, float]) -> None:
+    """Raises `amax` by what a layer's quantizers have seen, and empties them."""
+    for name, quantizer in quantizers.items():
+        try:
+            quantizer.load_calib_amax()
+        except RuntimeError:  # ModelOpt's way to say that nothing came by
+            continue
+        amax[name] = max(amax.get(name, 0.0), float(quantizer.amax))
+        quantizer.reset_amax()
+
+
+def _waiting_bytes(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """What a sample holds while it waits: two hidden states (the outer frame keeps the embeddings) and the layer's arguments."""
+    tensors = {id(t): t for t in _tensors((args, kwargs))}
+    return hidden.nbytes + sum(t.nbytes for t in tensors.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _free_pixels(inputs: Inputs) -> None:
+    """Empties the storage of float inputs: the outer frames keep the tensors, but no decoder layer reads pixels."""
+    for tensor in inputs.values():
+        if tensor.is_floating_point():
+            tensor.untyped_storage().resize_(0)
+
+

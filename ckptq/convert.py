@@ -1,0 +1,240 @@
+"""The one loop: plan -> validate the plan -> amax -> encode -> write -> validate the output -> publish."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import resource
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptq import __version__, cost, hub, validate
+from ckptq.calibration import Sample, digest, load_samples
+from ckptq.checkpoint import INDEX, Inventory, Reader, fingerprint, read_inventory
+from ckptq.console import Console
+from ckptq.cost import Cost
+from ckptq.errors import DataError, OutputError, RecipeError
+from ckptq.exporters import find_exporter
+from ckptq.journal import RECORD, Journal, ProgressFile
+from ckptq.plan import Observer, Plan
+from ckptq.planner import build_plan
+from ckptq.recipe import Recipe
+from ckptq.scopes import Scope, find_scope
+from ckptq.validators import Finding
+from ckptq.writer import copy_file, sync_folder, write_text
+
+LAST = (RECORD, INDEX, "hf_quant_config.json", "config.json")
+"""Published after everything else, in this order: config.json is what makes a folder a checkpoint."""
+
+PACKAGES = ("torch", "transformers", "tokenizers", "nvidia-modelopt", "safetensors", "pillow", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job that has been planned and found sound, before any arithmetic."""
+
+    recipe: Recipe
+    source: hub.Source
+    inventory: Inventory
+    scope: Scope
+    plan: Plan
+    cost: Cost
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a finished run did. Sizes are in bytes, times in seconds."""
+
+    output: Path
+    source_bytes: int
+    output_bytes: int
+    seconds: dict[str, float]
+    peak_rss: int
+    tensors: dict[str, int]
+    findings: tuple[Finding, ...]
+
+
+def prepare(recipe: Recipe, *, weights: bool) -> Prepared:
+    """Reads headers and plans. `weights` says whether a Hub source's weights are fetched too, or only their headers."""
+    if recipe.model is None:
+        raise RecipeError("the recipe names no model", hint="add `model:` to it, or give --model SRC")
+    source = hub.fetch(recipe.model, weights=weights)
+    inventory = read_inventory(source.root, source.header)
+    scope = find_scope(inventory.main.config)
+    plan = build_plan(recipe, inventory.main, scope, find_exporter(recipe.export.format))
+    findings = validate.validate_plan(plan, scope)
+    return Prepared(recipe, source, inventory, scope, plan, cost.estimate(plan, inventory.main, scope, recipe), tuple(findings))
+
+
+def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, console: Console) -> Report:
+    """Runs a prepared job to the published output. Raises a CkptqError; what was done until then stays for `resume`."""
+    if job.recipe.output is None:
+        raise RecipeError("the recipe names no output", hint="add `output:` to it, or give --output OUT")
+    if errors := [f for f in job.findings if f.severity == "error"]:
+        raise DataError(f"the planned output would not be served right: {errors[0].code}: {errors[0].subject}: {errors[0].actual}")
+    output = Path(job.recipe.output)
+    samples = load_samples(job.recipe.calibration) if job.plan.calibrated else []
+    if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
+        console.warn(f"calibration has {len(samples)} samples, the recipe asks for {job.recipe.calibration.samples}")
+    waiting = cost.waiting_budget(job.cost, memory)
+    cost.check_space(output, job.plan.nbytes)
+    record = _job_record(job, samples, device)
+    journal = Journal(output)
+    if journal.open(record, resume=resume):
+        try:
+            findings = () if journal.publishing else _produce(job, samples, journal, record, waiting, console)
+            journal.publish(LAST)
+        finally:
+            journal.release()
+    else:
+        findings = ()
+    return _report(job, output, findings, console)
+
+
+def _produce(
+    job: Prepared, samples: list[Sample], journal: Journal, record: dict[str, Any], waiting: int, console: Console
+) -> tuple[Finding, ...]:
+    """Everything between an open journal and a checked, complete model/ folder."""
+    from ckptq.encode import scan_weights, write_shard
+
+    component, plan = job.inventory.main, job.plan
+    by_name = {o.name: o for o in plan.observers}
+    with Reader(job.source.root, component) as reader:
+        table = journal.load("weights")
+        if table is None:
+            with console.stage("scan", component.nbytes, "bytes") as advance:
+                table = {o.name: value for o, value in scan_weights(component, reader, plan, advance).items()}
+            journal.save("weights", table)
+        if plan.calibrated:
+            table |= _activations(job, samples, journal, reader, record["device"], waiting, console)
+        amax: dict[Observer, float] = {by_name[name]: value for name, value in table.items()}
+        with console.stage("write", component.nbytes, "bytes") as advance:
+            for shard in plan.shards:
+                if (journal.model / shard.file).is_file():
+                    advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if hasattr(op, "source")))
+                else:
+                    write_shard(journal.model, shard, component, reader, amax, advance)
+    _write_files(job, journal, record, table)
+    with console.stage("validate", 1) as advance:
+        source = job.source.root if job.recipe.validation.passthrough else None
+        findings = validate.validate_folder(journal.model, source=source, values=job.recipe.validation.values)
+        advance(1)
+    if errors := [f for f in findings if f.severity == "error"]:
+        raise DataError(
+            "the output failed validation and was not published:\n"
+            + "\n".join(f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.actual}" for f in errors),
+            hint=f"`ckptq validate {journal.model}` shows the findings; please report this with the recipe",
+        )
+    return tuple(findings)
+
+
+def _activations(
+    job: Prepared, samples: list[Sample], journal: Journal, reader: Reader, device: str, waiting: int, console: Console
+) -> dict[str, float]:
+    """Amaxes of inputs, K and V: from an earlier run of this job, or by calibration."""
+    known = journal.load("activations")
+    if known is not None:
+        return known
+    with console.stage("import", 1) as advance:  # ten seconds of other people's modules: shown, so that nobody wonders
+        import torch
+
+        from ckptq.calibrate import calibrate
+        from ckptq.calibration.encode import Encoder
+        from ckptq.streamed import StreamedModel
+
+        advance(1)
+    settings = job.recipe.calibration
+    component = job.inventory.main
+    folder = job.source.root / component.folder
+    encoder = Encoder(folder, getattr(settings, "max_pixels", None), settings.sequence_length)
+    streamed = StreamedModel(job.source.root, component, job.scope, reader, torch.device(device))
+    table = calibrate(
+        streamed,
+        [o for o in job.plan.observers if o.kind != "weight"],
+        [sample.name for sample in samples],
+        lambda number: encoder.encode(samples[number]),
+        waiting,
+        ProgressFile(journal.staging / "calibration.safetensors", settings.save_every),
+        console,
+    )
+    named = {observer.name: value for observer, value in table.items()}
+    journal.save("activations", named)
+    return named
+
+
+def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table: dict[str, float]) -> None:
+    """Sidecars, the generated configs and index, and ckptq.json."""
+    base = job.source.root / job.inventory.main.folder
+    for name in job.plan.sidecars:
+        copy_file(base / name, journal.model / name)
+    for name, text in job.plan.files.items():
+        write_text(journal.model / name, text)
+    body = {
+        "job": record,
+        "amax": {o.name: table[o.name] for o in job.plan.observers},
+        "decisions": [asdict(d) for d in job.plan.decisions],
+        "config_changes": list(job.plan.config_changes),
+        "left_out": list(job.plan.left_out),
+    }
+    write_text(journal.model / RECORD, json.dumps(body, indent=1) + "\n")
+    sync_folder(journal.model)
+
+
+def _job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, Any]:
+    """What makes two runs the same job. No time, path or host in it, so that equal runs write equal files."""
+    import torch
+
+    resolved = resolve_device(device)
+    versions = {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    return {
+        "plan": job.plan.digest,
+        "recipe": _portable_recipe(job.recipe),
+        "source": job.source.label or "local folder",
+        "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
+        "samples": digest(samples) if samples else None,
+        "device": resolved,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _portable_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as resolved, without the paths of this machine: samples and source are recorded by their content."""
+    body = recipe.model_dump(mode="json", exclude={"model", "output"})
+    for key in ("images", "annotations", "files", "save_every"):
+        body["calibration"].pop(key, None)
+    return body
+
+
+def resolve_device(device: str) -> str:
+    """`auto` -> "cuda:0" where there is one, else "cpu". Raises OutputError for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = "cuda:0"
+    kind, _, number = device.partition(":")
+    if kind == "cpu" and not number:
+        return device
+    if kind != "cuda" or not number.isdigit() or int(number) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise OutputError(f"--device {device}: no such device; there are {found} CUDA devices", hint="use auto, cpu or cuda:N")
+    return device
+
+
+def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console: Console) -> Report:
+    kinds: dict[str, int] = {}
+    for spec in job.plan.tensors.values():
+        kinds[spec.dtype] = kinds.get(spec.dtype, 0) + 1
+    return Report(
+        output=output,
+        source_bytes=job.inventory.main.nbytes,
+        output_bytes=job.plan.nbytes,
+        seconds=dict(console.seconds),
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        tensors=dict(sorted(kinds.items())),
+        findings=findings,
+    )

@@ -1,0 +1,109 @@
+"""The two passes over the weights: the amax of every group, then codes, scales and copies into the output's files.
+
+Both stream through buffers of fixed size, so no tensor is ever whole in memory (a 72B model's gate and up are 969 MB).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ckptq.checkpoint import FLOATS, Component, Reader, SourceTensor
+from ckptq.console import Advance
+from ckptq.errors import DataError
+from ckptq.numerics import fp8
+from ckptq.plan import Copy, Observer, Plan, Scale, ShardSpec
+from ckptq.writer import TensorFile
+
+CHUNK = 1 << 20
+"""Elements a buffer holds: the three of `encode` take 7 MiB together, which stays in the cache."""
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Chunks:
+    """Reads a tensor piece by piece into one buffer, which each piece overwrites."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._buffer = torch.empty(CHUNK * 8, dtype=torch.uint8)
+        self._view = memoryview(self._buffer.numpy())
+
+    def read(self, tensor: SourceTensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """(byte offset in the tensor, the bytes there as uint8 [n]), up to CHUNK elements at a time."""
+        nbytes = tensor.spec.nbytes
+        step = CHUNK * (nbytes // tensor.spec.numel) if nbytes else 1
+        for start in range(0, nbytes, step):
+            count = min(step, nbytes - start)
+            self._reader.read_into(tensor, start, self._view[:count])
+            yield start, self._buffer[:count]
+
+
+def scan_weights(component: Component, reader: Reader, plan: Plan, advance: Advance) -> dict[Observer, float]:
+    """The amax of every weight the plan quantizes, after looking at every float of the source.
+
+    Raises DataError naming the first tensor with a NaN or an infinity: it would spread through every later layer.
+    """
+    chunks = Chunks(reader)
+    observers = {f"{o.module}.weight": o for o in plan.observers if o.kind == "weight"}
+    found: dict[Observer, float] = {}
+    for name, tensor in sorted(component.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+        if tensor.spec.dtype in FLOATS:
+            largest = 0.0
+            for _, data in chunks.read(tensor):
+                piece = fp8.amax(data.view(TORCH_DTYPES[tensor.spec.dtype]))
+                if not math.isfinite(piece):
+                    what = "NaN" if math.isnan(piece) else "infinite"
+                    raise DataError(
+                        f"{name}: holds {what} values (in {tensor.file}); expected finite weights",
+                        hint="the source is damaged or diverged in training; fetch it again or take another",
+                    )
+                largest = max(largest, piece)
+            if name in observers:
+                found[observers[name]] = largest
+        advance(tensor.spec.nbytes)
+    return found
+
+
+def group_scale(amax: Mapping[Observer, float], observers: tuple[Observer, ...]) -> float:
+    """The scale of a fused group: that of its largest amax. Raises DataError for an observer that nothing reached."""
+    for observer in observers:
+        if observer not in amax:
+            raise DataError(
+                f"{observer.name}: no calibration sample reached {observer.module}",
+                hint="add samples that use it, or keep the module in the recipe",
+            )
+    return fp8.scale(max(amax[o] for o in observers))
+
+
+def write_shard(
+    folder: Path, shard: ShardSpec, component: Component, reader: Reader, amax: Mapping[Observer, float], advance: Advance
+) -> None:
+    """One output file, complete and on the disk when this returns."""
+    chunks = Chunks(reader)
+    scratch = torch.empty(CHUNK, dtype=torch.float32)
+    codes = torch.empty(CHUNK, dtype=torch.float8_e4m3fn)
+    bytes_of_codes = memoryview(codes.view(torch.uint8).numpy())
+    with TensorFile(folder / shard.file, [op.output for op in shard.ops], shard.offsets) as file:
+        for op in shard.ops:
+            name = op.output.name
+            if isinstance(op, Scale):
+                value = torch.tensor([group_scale(amax, op.amax)], dtype=torch.float32)
+                file.write(name, 0, memoryview(value.view(torch.uint8).numpy()))
+                continue
+            source = component.tensors[op.source]
+            for start, data in chunks.read(source):
+                if isinstance(op, Copy):
+                    file.write(name, start, memoryview(data.numpy()))
+                else:
+                    values = data.view(TORCH_DTYPES[source.spec.dtype])
+                    n = values.numel()
+                    fp8.encode(values, group_scale(amax, op.amax), scratch[:n], codes[:n])
+                    file.write(name, start // values.element_size(), bytes_of_codes[:n])
+            advance(source.spec.nbytes)
+        file.finish()
+
+

@@ -1,0 +1,192 @@
+"""What an unfinished job keeps in its staging folder, so that `--resume` goes on where a kill struck.
+
+    job.json                 what the job is: plan, source, samples, versions; a resumed run must agree on all of it
+    amax.json                the amaxes known so far, by stage
+    calibration.safetensors  hidden states of the waiting samples before one layer, and the amaxes up to it
+    model/                   finished output files under their final names, unfinished ones as *.partial
+    publishing               present once the files in model/ are complete, checked and on their way out
+
+Every file here appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq.checkpoint import STAGING, TensorSpec
+from ckptq.errors import OutputError
+from ckptq.writer import TensorFile, sync_folder, write_text, writing
+
+if TYPE_CHECKING:
+    import torch
+
+RECORD = "ckptq.json"
+"""The file in a finished output that says how it was made; its `job` is the job.json of the run."""
+
+
+class Journal:
+    """The staging folder of one output, locked while this process works in it."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.staging = output / STAGING
+        self.model = self.staging / "model"
+        self._job = self.staging / "job.json"
+        self._publishing = self.staging / "publishing"
+        self._lock = -1
+
+    @property
+    def publishing(self) -> bool:
+        """Whether an earlier run had finished and begun to publish, so that nothing but `publish` is left to do."""
+        return self._publishing.is_file()
+
+    def open(self, job: Mapping[str, Any], *, resume: bool) -> bool:
+        """Begins the job, or takes up its interrupted run. Returns False where the output is already published whole.
+
+        Raises OutputError for an output that exists (without `resume`), belongs to another job, or is being written now.
+        """
+        if not self.staging.is_dir():
+            self._refuse_existing()
+        elif not resume and self._job.is_file():
+            raise OutputError(f"{self.output}: an interrupted job is there", hint="add --resume to go on, or remove the folder")
+        with writing(self.staging):
+            self.staging.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        if self._job.is_file():
+            self._compare(json.loads(self._job.read_text(encoding="utf-8")), job)
+        elif (self.output / "config.json").is_file():  # published; a kill struck while the staging folder was removed
+            record = self.output / RECORD
+            self._compare(json.loads(record.read_text(encoding="utf-8"))["job"] if record.is_file() else {}, job)
+            self.close()
+            return False
+        else:
+            self._refuse_existing()
+            write_text(self._job, json.dumps(job, indent=2) + "\n")
+        with writing(self.model):
+            self.model.mkdir(exist_ok=True)
+        return True
+
+    def load(self, stage: str) -> dict[str, float] | None:
+        """The amax table that a finished stage left, {observer name: amax}."""
+        path = self.staging / f"{stage}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def save(self, stage: str, table: Mapping[str, float]) -> None:
+        """Keeps a finished stage's amaxes. A float32 survives the trip through JSON exactly."""
+        write_text(self.staging / f"{stage}.json", json.dumps(dict(table), indent=1) + "\n")
+
+    def publish(self, last: tuple[str, ...]) -> None:
+        """Moves the finished files out of staging, `last` at the end in this order, then removes the staging folder.
+
+        A folder without config.json is no checkpoint to anybody, so with config.json last no reader sees half of one.
+        """
+        write_text(self._publishing, "")
+        files = [p.relative_to(self.model).as_posix() for p in sorted(self.model.rglob("*")) if p.is_file()]
+        for name in [*(f for f in files if f not in last), *(f for f in last if f in files)]:
+            target = self.output / name
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self.model / name).replace(target)
+        sync_folder(self.output)
+        self.close()
+
+    def close(self) -> None:
+        """Removes the staging folder of a published output. The order lets `open` tell a kill in here from any other."""
+        for path in self.staging.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path not in (self._job, self._publishing):
+                path.unlink()
+        self._job.unlink(missing_ok=True)
+        self._publishing.unlink(missing_ok=True)
+        self.staging.rmdir()
+        self.release()
+
+    def release(self) -> None:
+        """Lets another process work here."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _refuse_existing(self) -> None:
+        if self.output.exists() and (not self.output.is_dir() or any(p.name != STAGING for p in self.output.iterdir())):
+            raise OutputError(f"{self.output}: exists already", hint="choose another --output, or remove it")
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.staging, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise OutputError(f"{self.output}: another ckptq is writing it now", hint="wait for it to end") from None
+
+    def _compare(self, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed = [f"{key}: {began.get(key)} then, {now.get(key)} now" for key in {**began, **now} if began.get(key) != now.get(key)]
+        if changed:
+            raise OutputError(
+                f"{self.output}: the interrupted job there is another one\n" + "\n".join(f"  - {c}" for c in changed),
+                hint="restore what changed and use --resume, or remove the folder and start again",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where calibration stands: samples before `first` are done; those of this wave wait before `layer`.
+
+    hidden   [1, T, H] for each waiting sample, in order; empty at the start of a wave
+    """
+
+    first: int = 0
+    layer: int = 0
+    amax: Mapping[str, float] = field(default_factory=dict)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+
+class ProgressFile:
+    """Keeps a calibration's Progress on disk, at most every `every` seconds."""
+
+    def __init__(self, path: Path, every: float) -> None:
+        self._path = path
+        self._every = every
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= self._every
+
+    def save(self, state: Progress) -> None:
+        """Replaces what was kept. Memory: one hidden state at a time, on the host."""
+        import torch
+
+        specs = [TensorSpec(f"hidden.{i:06}", _DTYPES[str(t.dtype)], tuple(t.shape)) for i, t in enumerate(state.hidden)]
+        offsets, at = {}, 0
+        for spec in specs:
+            offsets[spec.name] = at
+            at += spec.nbytes
+        metadata = {"first": str(state.first), "layer": str(state.layer), "amax": json.dumps(dict(state.amax))}
+        with TensorFile(self._path, specs, offsets, metadata) as file:
+            for spec, tensor in zip(specs, state.hidden, strict=True):
+                file.write(spec.name, 0, memoryview(tensor.cpu().contiguous().view(torch.uint8).flatten().numpy()))
+            file.finish()
+        self._last = time.monotonic()
+
+    def load(self) -> Progress | None:
+        """What an earlier run kept, or None."""
+        if not self._path.is_file():
+            return None
+        from safetensors import safe_open
+
+        with safe_open(self._path, framework="pt") as file:
+            meta = file.metadata()
+            hidden = [file.get_tensor(name) for name in sorted(file.keys())]
+        return Progress(int(meta["first"]), int(meta["layer"]), json.loads(meta["amax"]), hidden)
+
+
+_DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}

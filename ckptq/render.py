@@ -1,0 +1,213 @@
+"""Results as data for machines and as tables for people; both from the same values."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ckptq.checkpoint import Component, Inventory
+from ckptq.console import Console, duration, size
+from ckptq.convert import Prepared, Report
+from ckptq.cost import RATES
+from ckptq.errors import RecipeError
+from ckptq.plan import Decision, module_of
+from ckptq.planner import decide
+from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
+from ckptq.scopes import Scope, find_scope
+from ckptq.validators import Finding
+
+
+def plan_data(job: Prepared) -> dict[str, Any]:
+    """`--dry-run --format json`."""
+    plan, cost = job.plan, job.cost
+    return {
+        "plan": plan.digest,
+        "scope": job.scope.name,
+        "format": job.recipe.export.format,
+        "source_bytes": job.inventory.main.nbytes,
+        "output_bytes": plan.nbytes,
+        "decisions": [asdict(d) for d in plan.decisions],
+        "shards": [{"file": s.file, "bytes": s.data_bytes, "tensors": len(s.offsets)} for s in plan.shards],
+        "config_changes": list(plan.config_changes),
+        "files_copied": list(plan.sidecars),
+        "files_left_out": list(plan.left_out),
+        "calibration": {
+            "needed": plan.calibrated,
+            "samples": cost.samples,
+            "tokens_at_most": cost.tokens,
+            "flops_at_most": cost.flops,
+        },
+        "peak_memory_bytes": cost.peak,
+        "peak_memory_one_sample_a_wave_bytes": cost.fixed + cost.sample,
+        "findings": [asdict(f) for f in job.findings],
+    }
+
+
+def show_plan(console: Console, job: Prepared) -> None:
+    """`--dry-run`: what becomes what, by which rule, and what it takes."""
+    plan, cost = job.plan, job.cost
+    rows = [(pattern, action, rule, reason, count) for (pattern, action, rule, reason), count in grouped(plan.decisions).items()]
+    console.table("What becomes what", ("modules", "becomes", "by rule", "why", "count"), rows, right=(4,))
+    facts = [
+        ("source", f"{size(job.inventory.main.nbytes)} in {len(job.inventory.main.weight_files)} files, scope {job.scope.name}"),
+        ("output", f"{size(plan.nbytes)} in {len(plan.shards)} files, format {job.recipe.export.format}"),
+        ("config.json", "; ".join(plan.config_changes) + "; otherwise as it is"),
+        ("files copied", ", ".join(plan.sidecars) or "none"),
+        ("left out", ", ".join(plan.left_out) or "nothing"),
+        ("peak memory", f"about {size(cost.peak)}; {size(cost.fixed + cost.sample)} at the least, with --memory"),
+    ]
+    if plan.calibrated:
+        times = ", ".join(f"{duration(cost.flops / rate)} on {name}" for name, rate in RATES)
+        facts.append(("calibration", f"{cost.samples} samples, at most {cost.tokens} tokens, {cost.flops:.3g} FLOPs: {times}"))
+    else:
+        facts.append(("calibration", "not needed"))
+    facts.append(("layout check", _verdict(job.findings)))
+    console.table("", ("", ""), facts)
+    _show_findings(console, job.findings)
+
+
+def grouped(decisions: Sequence[Decision]) -> dict[tuple[str, str, str, str], int]:
+    """Equal decisions for modules that differ in numbers alone, counted: `model.layers.{0..27}.mlp.up_proj`."""
+    numbers: dict[tuple[str, str, str, str], list[int]] = {}
+    for decision in decisions:
+        reason = re.sub(r" of layer \d+", "", decision.reason)
+        key = (re.sub(r"\.\d+(?=\.|$)", ".{}", decision.module, count=1), decision.action, decision.rule, reason)
+        numbers.setdefault(key, []).append(int((re.search(r"\.(\d+)(?=\.|$)", decision.module) or [0, -1])[1]))
+    return {(name.replace("{}", _span(found)), *rest): len(found) for (name, *rest), found in numbers.items()}  # type: ignore[misc]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    ordered = sorted(numbers)
+    if len(ordered) == 1:
+        return str(ordered[0])
+    whole = ordered == list(range(ordered[0], ordered[-1] + 1))
+    return f"{{{ordered[0]}..{ordered[-1]}}}" if whole else "{" + ",".join(map(str, ordered)) + "}"
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    """`convert --format json`."""
+    return {**asdict(report), "output": str(report.output), "serve": _serve(report.output)}
+
+
+def show_report(console: Console, report: Report) -> None:
+    """The table at the end of a conversion."""
+    ratio = report.output_bytes / report.source_bytes
+    rows = [
+        ("output", str(report.output)),
+        ("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)} ({ratio:.1%})"),
+        ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in report.tensors.items())),
+        ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items() if name != "import") or "-"),
+        ("peak memory", size(report.peak_rss)),
+        ("verdict", _verdict(report.findings)),
+        ("serve it", _serve(report.output)),
+        ("note", "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"),
+    ]
+    console.table("Done", ("", ""), rows)
+    _show_findings(console, report.findings)
+
+
+def findings_data(folder: Path, findings: Sequence[Finding]) -> dict[str, Any]:
+    """`validate --format json`."""
+    return {"checkpoint": str(folder), "ok": not _errors(findings), "findings": [asdict(f) for f in findings]}
+
+
+def show_findings(console: Console, folder: Path, findings: Sequence[Finding]) -> None:
+    """`validate`: every finding, then the verdict."""
+    _show_findings(console, findings)
+    console.show(f"{folder}: {_verdict(findings)}")
+
+
+def _show_findings(console: Console, findings: Sequence[Finding]) -> None:
+    for f in findings:
+        console.show(f"{f.severity}: {f.code}: {f.subject}")
+        console.show(f"    expected {f.expected}\n    found    {f.actual}\n    {f.hint}")
+
+
+def _errors(findings: Sequence[Finding]) -> int:
+    return sum(f.severity == "error" for f in findings)
+
+
+def _verdict(findings: Sequence[Finding]) -> str:
+    errors, warnings = _errors(findings), len(findings) - _errors(findings)
+    if not findings:
+        return "OK: no findings"
+    return f"{'FAILED' if errors else 'OK'}: {errors} errors, {warnings} warnings"
+
+
+def _serve(folder: Path) -> str:
+    return f"vllm serve {shlex.quote(str(folder))}"
+
+
+def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
+    """What `inspect` knows: components, parts, and what each rule of a recipe, or of every shipped one that fits, touches."""
+    component = inventory.main
+    scope = find_scope(component.config)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, tensor in component.tensors.items():
+        part = parts.setdefault(_part(scope, name), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": {}})
+        part["tensors"] += 1
+        part["parameters"] += tensor.spec.numel
+        part["bytes"] += tensor.spec.nbytes
+        part["dtypes"][tensor.spec.dtype] = part["dtypes"].get(tensor.spec.dtype, 0) + 1
+    recipes = {recipe: load_recipe(recipe)} if recipe else {name: parse_recipe(text, name) for name, text in shipped().items()}
+    return {
+        "checkpoint": str(inventory.root),
+        "architectures": component.config.get("architectures"),
+        "scope": scope.name,
+        "scope_source": scope.source,
+        "layers": scope.layer_count(component.config),
+        "parts": parts,
+        "files_left_out": list(component.left_out),
+        "recipes": {name: _touched(component, scope, found) for name, found in recipes.items()},
+    }
+
+
+def _part(scope: Scope, tensor: str) -> str:
+    name = scope.canonical(tensor)
+    if scope.layer_of(tensor):
+        return "language model layers"
+    tower = next((t.prefix for t in scope.towers if name.startswith(t.prefix + ".")), None)
+    return tower or next((k for k in scope.kept if name.startswith(k + ".")), module_of(name))
+
+
+def _touched(component: Component, scope: Scope, recipe: Recipe) -> dict[str, Any]:
+    """{rule: number of modules it decides}, and the patterns that match nothing."""
+    try:
+        decisions = decide(recipe, component, scope)
+    except RecipeError as error:
+        return {"error": str(error)}
+    rules = [f"keep: {p}" for p in recipe.keep] + [f"quantize: {p}" for rule in recipe.quantize for p in rule.modules]
+    return {rule: sum(d.rule == rule and (d.action != "keep" or rule.startswith("keep")) for d in decisions) for rule in rules}
+
+
+def show_inspect(console: Console, data: Mapping[str, Any]) -> None:
+    """`inspect` for people."""
+    console.show(f"{data['checkpoint']}: {', '.join(data['architectures'])}, {data['layers']} layers")
+    console.show(f"scope {data['scope']} ({data['scope_source']})")
+    rows = [
+        (name, part["tensors"], f"{part['parameters']:,}", size(part["bytes"]), ", ".join(part["dtypes"]))
+        for name, part in data["parts"].items()
+    ]
+    total = [sum(part[key] for part in data["parts"].values()) for key in ("tensors", "parameters", "bytes")]
+    rows.append(("total", total[0], f"{total[1]:,}", size(total[2]), ""))
+    console.table("Parts", ("part", "tensors", "parameters", "size", "dtypes"), rows, right=(1, 2, 3))
+    rules = [(name, rule, count) for name, touched in data["recipes"].items() for rule, count in touched.items()]
+    console.table("What recipes would touch", ("recipe", "rule", "modules"), rules)
+    if data["files_left_out"]:
+        console.show("left out of an output: " + ", ".join(data["files_left_out"]))
+
+
+def recipes_data(known: Mapping[str, str]) -> dict[str, Any]:
+    """{name: description} of the shipped recipes."""
+    return {name: parse_recipe(text, name).description for name, text in known.items()}
+
+
+def show_recipes(console: Console, data: Mapping[str, Any]) -> None:
+    """`recipes` for people."""
+    console.table("", ("recipe", "what it does"), list(data.items()))
+    console.show("`ckptq recipes NAME` prints one; `ckptq convert --recipe NAME` runs it.")
+

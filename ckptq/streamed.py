@@ -1,0 +1,212 @@
+"""A transformers model whose decoder layers are on disk: built on `meta`, real only where and while it is needed.
+
+Facts about transformers are from 5.17.0: `core_model_loading.rename_source_key` maps a stored name to the one in memory,
+`initialize_weights` fills whatever no file fills (rotary frequencies) and leaves alone what is marked as loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
+from ckptq.encode import TORCH_DTYPES
+from ckptq.errors import SourceError, UnsupportedError
+from ckptq.plan import Observer, module_of
+from ckptq.scopes import Scope
+
+ALIGNMENT = 64
+
+
+class StreamedModel:
+    """The model, its decoder layers in order, and what fills each parameter.
+
+    `device` is where layers compute; embeddings and towers are put there too while samples enter.
+    """
+
+    def __init__(self, root: Path, component: Component, scope: Scope, reader: Reader, device: torch.device) -> None:
+        self.device = device
+        self._reader = reader
+        self._scope = scope
+        self.model = _build(root / component.folder, scope)
+        self._memory_name = _memory_names(self.model, component)
+        self._layers_name = self._find_layers(component)
+        self.layers: list[torch.nn.Module] = list(self.model.get_submodule(self._layers_name))
+        self._layer_sources: list[dict[str, SourceTensor]] = [{} for _ in self.layers]
+        self._resident_sources: dict[str, SourceTensor] = {}
+        self._assign(component)
+        self.layer_bytes = max(sum(_slot(t.spec) for t in sources.values()) for sources in self._layer_sources)
+        self.resident_bytes = sum(t.spec.nbytes for t in self._resident_sources.values())
+        self._slots: list[torch.Tensor] = []
+
+    def module_name(self, source_module: str) -> str:
+        """The name in memory of a module that has a weight in the source."""
+        return module_of(self._memory_name[f"{source_module}.weight"])
+
+    def quantizer_name(self, observer: Observer) -> str:
+        """Where ModelOpt 0.47.0 puts the quantizer that sees what the observer names.
+
+        Inputs: `<linear>.input_quantizer`. K and V: in the attention module around k_proj and v_proj, after RoPE.
+        """
+        module = self.module_name(observer.module)
+        if observer.kind == "input":
+            return f"{module}.input_quantizer"
+        return f"{module.rpartition('.')[0]}.{observer.kind}_bmm_quantizer"
+
+    def load_resident(self) -> None:
+        """Gives real weights to everything but decoder layers and output head, and computes buffers that no file holds."""
+        for name, source in self._resident_sources.items():
+            buffer = torch.empty(_slot(source.spec), dtype=torch.uint8)
+            self._reader.read_into(source, 0, memoryview(buffer.numpy())[: source.spec.nbytes])
+            _set(self.model, name, _tensor(buffer, source.spec).to(self.device))
+        _fill_buffers(self.model, self.device)
+
+    def drop_resident(self) -> None:
+        """Frees them again; samples that wait at a decoder layer no longer need them."""
+        for name, source in self._resident_sources.items():
+            _set(self.model, name, torch.empty(source.spec.shape, dtype=TORCH_DTYPES[source.spec.dtype], device="meta"))
+
+    def read_layer(self, index: int) -> torch.Tensor:
+        """Fills one of two reused host buffers with a layer's weights. Safe to run beside `use_layer` of the layer before."""
+        while len(self._slots) < 2:
+            self._slots.append(torch.empty(self.layer_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
+        slot = self._slots[index % 2]
+        view, at = memoryview(slot.numpy()), 0
+        for source in self._layer_sources[index].values():
+            self._reader.read_into(source, 0, view[at : at + source.spec.nbytes])
+            at += _slot(source.spec)
+        return slot
+
+    @contextlib.contextmanager
+    def use_layer(self, index: int, slot: torch.Tensor) -> Iterator[None]:
+        """The layer has its weights, from the buffer that `read_layer` filled, until the block ends."""
+        names, at = self._layer_sources[index], 0
+        for name, source in names.items():
+            tensor = _tensor(slot[at : at + _slot(source.spec)], source.spec)
+            _set(self.model, name, tensor.to(self.device))
+            at += _slot(source.spec)
+        try:
+            yield
+        finally:
+            for name, source in names.items():
+                _set(self.model, name, torch.empty(source.spec.shape, dtype=TORCH_DTYPES[source.spec.dtype], device="meta"))
+
+    def release(self) -> None:
+        """Frees the layer buffers."""
+        self._slots.clear()
+
+    def _find_layers(self, component: Component) -> str:
+        for name, memory in self._memory_name.items():
+            at = self._scope.layer_of(name)
+            if at is not None:
+                return memory.removesuffix(f".{at[0]}.{at[1]}")
+        raise SourceError(f"no tensor of a decoder layer ({self._scope.layers}.N.*) in the checkpoint")
+
+    def _assign(self, component: Component) -> None:
+        """Every parameter and stored buffer gets its source once; a shape that disagrees with config.json is an error."""
+        wanted = dict(self.model.named_parameters()) | {n: b for n, b in self.model.named_buffers() if n in self.model.state_dict()}
+        head = _head_parameters(self.model)
+        filled: set[str] = set()
+        for name, tensor in component.tensors.items():
+            memory = self._memory_name[name]
+            if memory not in wanted:
+                raise SourceError(f"{name}: stored, but the model that config.json describes has no {memory}")
+            if memory in filled:
+                raise SourceError(f"{name}: a second tensor for {memory}")
+            if tuple(wanted[memory].shape) != tensor.spec.shape:
+                expected = list(wanted[memory].shape)
+                raise SourceError(f"{name}: shape {list(tensor.spec.shape)}, config.json calls for {expected}")
+            filled.add(memory)
+            if memory in head:
+                continue
+            if memory.startswith(self._layers_name + "."):
+                self._layer_sources[int(memory[len(self._layers_name) + 1 :].split(".")[0])][memory] = tensor
+            else:
+                self._resident_sources[memory] = tensor
+        if empty := sorted(set(wanted) - filled - head):
+            raise SourceError(f"{empty[0]}: no tensor of the checkpoint fills it ({len(empty)} such parameters)")
+
+
+def _build(folder: Path, scope: Scope) -> Any:
+    """The model on `meta`. No code of the checkpoint is run."""
+    import transformers
+
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = getattr(transformers, scope.auto_class).from_config(config, dtype=config.dtype or torch.bfloat16)
+    return model.eval().requires_grad_(False)
+
+
+def _memory_names(model: Any, component: Component) -> dict[str, str]:
+    """{stored name: name in memory}, by transformers' own mapping. Raises UnsupportedError where tensors would be merged."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    names = {}
+    for name in component.tensors:
+        names[name], merged = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if merged is not None:
+            raise UnsupportedError(f"{name}: transformers merges it with others ({merged}); ckptq can't calibrate that yet")
+    return names
+
+
+def _head_parameters(model: Any) -> set[str]:
+    """Names of the output head's parameters: each forward ends after the last decoder layer, so they stay on `meta`."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return set()
+    name = next(n for n, m in model.named_modules() if m is head)
+    return {f"{name}.{n}" for n, _ in head.named_parameters()}
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Computes the buffers that no file holds. Loaded parameters are marked, so that they stay as they are."""
+    for module in model.modules():
+        module._is_hf_initialized = False
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and name in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    with torch.no_grad(), quiet():
+        model.initialize_weights()
+
+
+def _slot(spec: TensorSpec) -> int:
+    return -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _tensor(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """The tensor that `spec` describes, as a view of a byte buffer."""
+    return buffer[: spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+
+
+def _set(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of a parameter or buffer. Tied uses follow, because modules share no storage here."""
+    owner = model.get_submodule(module_of(name))
+    leaf = name.rpartition(".")[2]
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the chatter of transformers and ModelOpt off stdout and out of the warnings."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+

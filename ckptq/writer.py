@@ -1,0 +1,131 @@
+"""Safetensors files written at planned offsets, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from ckptq.checkpoint import TensorSpec
+from ckptq.errors import OutputError
+
+PARTIAL = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says about a write into an OutputError that names the path and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutputError(
+                f"{path}: no room left: {error.strerror}", hint="free some space, then run the same command with --resume"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(f"{path}: can't be written: {error.strerror}", hint="choose an --output you may write to") from error
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
+
+
+class TensorFile:
+    """A safetensors file of known layout. Bytes go straight to their place; `finish` publishes it under its name.
+
+    Until then it is called <name>.partial. Every byte must be written once: `finish` counts.
+    """
+
+    def __init__(
+        self, path: Path, specs: Iterable[TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._specs = {spec.name: spec for spec in specs}
+        self._offsets = offsets
+        self._left = {name: spec.nbytes for name, spec in self._specs.items()}
+        head = _header(self._specs, offsets, metadata or {"format": "pt"})
+        self._start = len(head)
+        with writing(self._partial):
+            # 0o666 less the umask: safetensors 0.8 makes files 0600, which a server under another user can't read.
+            self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            _write_all(self._fd, memoryview(head), 0)
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Writes bytes of tensor `name`, `start` bytes into it."""
+        with writing(self._path):
+            _write_all(self._fd, data, self._start + self._offsets[name] + start)
+        self._left[name] -= len(data)
+
+    def finish(self) -> None:
+        """Checks that every tensor is complete, flushes to the disk and gives the file its name."""
+        if wrong := [name for name, left in self._left.items() if left]:
+            raise AssertionError(f"{self._path.name}: {wrong[0]} has {self._left[wrong[0]]} bytes left to write")
+        with writing(self._path):
+            os.fsync(self._fd)
+            self.close()
+            self._partial.replace(self._path)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or none of it, on the disk when this returns."""
+    partial = path.with_name(path.name + PARTIAL)
+    with writing(path), partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    with writing(path):
+        partial.replace(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """The source's bytes under the umask's mode; links are followed."""
+    partial = target.with_name(target.name + PARTIAL)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reader, writing(target):
+        with partial.open("wb") as writer:
+            while block := reader.read(1 << 20):
+                writer.write(block)
+            writer.flush()
+            os.fsync(writer.fileno())
+        partial.replace(target)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _header(specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    """Length field and JSON, padded with spaces so that the data begins at a multiple of 8."""
+    body: dict[str, object] = {"__metadata__": dict(metadata)}
+    for name in sorted(specs, key=offsets.__getitem__):
+        spec, at = specs[name], offsets[name]
+        body[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+    text = json.dumps(body, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(fd: int, data: memoryview, at: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], at + done)
