@@ -109,9 +109,7 @@ class _Wave:
         self._restored: dict[greenlet, torch.Tensor] = {}
         self._waiting_bytes = 0
 
-    def run(
-        self, quantizers: Sequence[dict[str, Any]], amax: dict[str, float], saved: ProgressFile, console: Console
-    ) -> int:
+    def run(self, quantizers: Sequence[dict[str, Any]], amax: dict[str, float], saved: ProgressFile, console: Console) -> int:
         """Runs the wave to the last layer, raising `amax` in place; the number of samples it took."""
         layers = self._streamed.layers
         hooks = [layer.register_forward_pre_hook(self._park, with_kwargs=True) for layer in layers]
@@ -255,5 +253,3 @@ def _free_pixels(inputs: Inputs) -> None:
     for tensor in inputs.values():
         if tensor.is_floating_point():
             tensor.untyped_storage().resize_(0)
-
-

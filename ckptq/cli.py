@@ -29,7 +29,9 @@ def convert(
     recipe: Annotated[str, typer.Option(help="A recipe file, or the name of a shipped one.")],
     model: Annotated[str | None, typer.Option(help="Source: a folder, or a Hub id org/name[@revision].")] = None,
     output: Annotated[str | None, typer.Option(help="Folder to write; must not exist.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. calibration.samples=64; repeatable.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. calibration.samples=64; repeatable.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: no weights read, no output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this job's interrupted run, if there is one.")] = False,
     device: Annotated[str, typer.Option(help="Where calibration runs: auto, cpu, cuda or cuda:N.")] = "auto",

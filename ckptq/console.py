@@ -107,7 +107,9 @@ class Console:
         """Prints on stdout, as wide as the terminal, or 120 columns where there is none."""
         from rich.console import Console as Terminal
 
-        Terminal(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=isinstance(what, str)).print(what)
+        Terminal(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=isinstance(what, str)).print(
+            what
+        )
 
 
 def size(nbytes: float) -> str:

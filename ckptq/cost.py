@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ckptq.recipe import Recipe
 from ckptq.scopes import Scope
 
 IMPORTS = 650 * 10**6
-"""Resident bytes of a process that has imported torch 2.13 (CPU), transformers 5.17 and ModelOpt 0.47; measured by benchmarks/memory.py."""
+"""Resident bytes after importing torch 2.13 (CPU), transformers 5.17 and ModelOpt 0.47, as benchmarks/memory.py measures them."""
 BUFFERS = 128 * 10**6
 """What chunk buffers, the writer and one layer's intermediate values of a 2048-token sample take at most beside that."""
 RATES = (("a 16-core CPU at 0.5 TFLOP/s", 0.5e12), ("a GPU at 200 TFLOP/s", 200e12))
@@ -91,10 +92,8 @@ def available_memory() -> int:
     info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(info["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no control group, or no limit
     return free
 
 
@@ -105,5 +104,6 @@ def check_space(output: Path, nbytes: int) -> None:
     free = stat.f_bavail * stat.f_frsize
     if free < nbytes:
         raise OutputError(
-            f"{output}: the output takes {nbytes} bytes, the disk has {free} free", hint="free some space, or choose another --output"
+            f"{output}: the output takes {nbytes} bytes, the disk has {free} free",
+            hint="free some space, or choose another --output",
         )

@@ -16,12 +16,11 @@ from ckptq.console import Advance
 from ckptq.errors import DataError
 from ckptq.numerics import fp8
 from ckptq.plan import Copy, Observer, Plan, Scale, ShardSpec
+from ckptq.tensors import TORCH_DTYPES, raw
 from ckptq.writer import TensorFile
 
 CHUNK = 1 << 20
 """Elements a buffer holds: the three of `encode` take 7 MiB together, which stays in the cache."""
-
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Chunks:
@@ -30,7 +29,7 @@ class Chunks:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._buffer = torch.empty(CHUNK * 8, dtype=torch.uint8)
-        self._view = memoryview(self._buffer.numpy())
+        self._view = raw(self._buffer)
 
     def read(self, tensor: SourceTensor) -> Iterator[tuple[int, torch.Tensor]]:
         """(byte offset in the tensor, the bytes there as uint8 [n]), up to CHUNK elements at a time."""
@@ -86,18 +85,18 @@ def write_shard(
     chunks = Chunks(reader)
     scratch = torch.empty(CHUNK, dtype=torch.float32)
     codes = torch.empty(CHUNK, dtype=torch.float8_e4m3fn)
-    bytes_of_codes = memoryview(codes.view(torch.uint8).numpy())
+    bytes_of_codes = raw(codes)
     with TensorFile(folder / shard.file, [op.output for op in shard.ops], shard.offsets) as file:
         for op in shard.ops:
             name = op.output.name
             if isinstance(op, Scale):
                 value = torch.tensor([group_scale(amax, op.amax)], dtype=torch.float32)
-                file.write(name, 0, memoryview(value.view(torch.uint8).numpy()))
+                file.write(name, 0, raw(value))
                 continue
             source = component.tensors[op.source]
             for start, data in chunks.read(source):
                 if isinstance(op, Copy):
-                    file.write(name, start, memoryview(data.numpy()))
+                    file.write(name, start, raw(data))
                 else:
                     values = data.view(TORCH_DTYPES[source.spec.dtype])
                     n = values.numel()
@@ -105,5 +104,3 @@ def write_shard(
                     file.write(name, start // values.element_size(), bytes_of_codes[:n])
             advance(source.spec.nbytes)
         file.finish()
-
-

@@ -6,9 +6,9 @@
     |-- UnsupportedError            2   no scope, format or scheme for what was asked
     |-- CalibrationError            2   the calibration samples can't be had or read
     |-- OutputError                 2   the folder to write: exists, is read-only, is full
-    |-- DataError                   1   the numbers are at fault: NaN, infinity, an observer no sample reached, findings
-    `-- Interrupted               130   Ctrl-C or SIGTERM
+    `-- DataError                   1   the numbers are at fault: NaN, infinity, an observer no sample reached, findings
 
+Ctrl-C and SIGTERM end the process with 130.
 Each message names its subject, what was expected and what was found; `hint` is the next thing to do.
 """
 
@@ -49,9 +49,3 @@ class DataError(CkptqError):
     """The numbers are at fault; no setting of ckptq would mend them."""
 
     exit_code = 1
-
-
-class Interrupted(CkptqError):
-    """The user or the system asked the run to stop."""
-
-    exit_code = 130

@@ -129,7 +129,9 @@ class Journal:
             raise OutputError(f"{self.output}: another ckptq is writing it now", hint="wait for it to end") from None
 
     def _compare(self, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changed = [f"{key}: {began.get(key)} then, {now.get(key)} now" for key in {**began, **now} if began.get(key) != now.get(key)]
+        changed = [
+            f"{key}: {began.get(key)} then, {now.get(key)} now" for key in {**began, **now} if began.get(key) != now.get(key)
+        ]
         if changed:
             raise OutputError(
                 f"{self.output}: the interrupted job there is another one\n" + "\n".join(f"  - {c}" for c in changed),
@@ -163,9 +165,9 @@ class ProgressFile:
 
     def save(self, state: Progress) -> None:
         """Replaces what was kept. Memory: one hidden state at a time, on the host."""
-        import torch
+        from ckptq.tensors import SAFETENSORS_DTYPES, raw
 
-        specs = [TensorSpec(f"hidden.{i:06}", _DTYPES[str(t.dtype)], tuple(t.shape)) for i, t in enumerate(state.hidden)]
+        specs = [TensorSpec(f"hidden.{i:06}", SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for i, t in enumerate(state.hidden)]
         offsets, at = {}, 0
         for spec in specs:
             offsets[spec.name] = at
@@ -173,7 +175,7 @@ class ProgressFile:
         metadata = {"first": str(state.first), "layer": str(state.layer), "amax": json.dumps(dict(state.amax))}
         with TensorFile(self._path, specs, offsets, metadata) as file:
             for spec, tensor in zip(specs, state.hidden, strict=True):
-                file.write(spec.name, 0, memoryview(tensor.cpu().contiguous().view(torch.uint8).flatten().numpy()))
+                file.write(spec.name, 0, raw(tensor.cpu().contiguous()))
             file.finish()
         self._last = time.monotonic()
 
@@ -187,6 +189,3 @@ class ProgressFile:
             meta = file.metadata()
             hidden = [file.get_tensor(name) for name in sorted(file.keys())]
         return Progress(int(meta["first"]), int(meta["layer"]), json.loads(meta["amax"]), hidden)
-
-
-_DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}

@@ -141,7 +141,9 @@ def _decision(module: str, recipe: Recipe, scope: Scope, linears: Mapping[str, i
                     hint=f"add {module.split('.')[0]!r} to keep, or narrow the pattern to {scope.layers + '.*'!r}",
                 )
             return Decision(module, "keep", f"quantize: {pattern}", "not a linear")
-    return Decision(module, "keep", "", "no rule matches" if module in linears or _is_other_linear(module, scope) else "not a linear")
+    return Decision(
+        module, "keep", "", "no rule matches" if module in linears or _is_other_linear(module, scope) else "not a linear"
+    )
 
 
 def _is_other_linear(module: str, scope: Scope) -> bool:
@@ -184,7 +186,7 @@ def _groups(
             if len({action[m] for m in shards}) > 1:
                 told = "; ".join(f"{m}: {action[m]} ({rule_of[m]})" for m in shards)
                 raise RecipeError(
-                    f"the server fuses {', '.join(shards)} into {fused.runtime}, so they must get one scheme; the recipe says {told}",
+                    f"the server fuses {', '.join(shards)} into {fused.runtime}: they must get one scheme; the recipe says {told}",
                     hint="give all of them to one rule, or keep all of them",
                 )
             if action[shards[0]] != "keep":

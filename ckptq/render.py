@@ -210,4 +210,3 @@ def show_recipes(console: Console, data: Mapping[str, Any]) -> None:
     """`recipes` for people."""
     console.table("", ("recipe", "what it does"), list(data.items()))
     console.show("`ckptq recipes NAME` prints one; `ckptq convert --recipe NAME` runs it.")
-

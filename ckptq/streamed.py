@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
-from ckptq.encode import TORCH_DTYPES
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.plan import Observer, module_of
 from ckptq.scopes import Scope
+from ckptq.tensors import blank, raw, typed
 
 ALIGNMENT = 64
 
@@ -63,21 +63,21 @@ class StreamedModel:
         """Gives real weights to everything but decoder layers and output head, and computes buffers that no file holds."""
         for name, source in self._resident_sources.items():
             buffer = torch.empty(_slot(source.spec), dtype=torch.uint8)
-            self._reader.read_into(source, 0, memoryview(buffer.numpy())[: source.spec.nbytes])
-            _set(self.model, name, _tensor(buffer, source.spec).to(self.device))
+            self._reader.read_into(source, 0, raw(buffer)[: source.spec.nbytes])
+            _set(self.model, name, typed(buffer, source.spec).to(self.device))
         _fill_buffers(self.model, self.device)
 
     def drop_resident(self) -> None:
         """Frees them again; samples that wait at a decoder layer no longer need them."""
         for name, source in self._resident_sources.items():
-            _set(self.model, name, torch.empty(source.spec.shape, dtype=TORCH_DTYPES[source.spec.dtype], device="meta"))
+            _set(self.model, name, blank(source.spec))
 
     def read_layer(self, index: int) -> torch.Tensor:
         """Fills one of two reused host buffers with a layer's weights. Safe to run beside `use_layer` of the layer before."""
         while len(self._slots) < 2:
             self._slots.append(torch.empty(self.layer_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
         slot = self._slots[index % 2]
-        view, at = memoryview(slot.numpy()), 0
+        view, at = raw(slot), 0
         for source in self._layer_sources[index].values():
             self._reader.read_into(source, 0, view[at : at + source.spec.nbytes])
             at += _slot(source.spec)
@@ -88,14 +88,13 @@ class StreamedModel:
         """The layer has its weights, from the buffer that `read_layer` filled, until the block ends."""
         names, at = self._layer_sources[index], 0
         for name, source in names.items():
-            tensor = _tensor(slot[at : at + _slot(source.spec)], source.spec)
-            _set(self.model, name, tensor.to(self.device))
+            _set(self.model, name, typed(slot[at:], source.spec).to(self.device))
             at += _slot(source.spec)
         try:
             yield
         finally:
             for name, source in names.items():
-                _set(self.model, name, torch.empty(source.spec.shape, dtype=TORCH_DTYPES[source.spec.dtype], device="meta"))
+                _set(self.model, name, blank(source.spec))
 
     def release(self) -> None:
         """Frees the layer buffers."""
@@ -187,11 +186,6 @@ def _slot(spec: TensorSpec) -> int:
     return -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _tensor(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The tensor that `spec` describes, as a view of a byte buffer."""
-    return buffer[: spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
-
-
 def _set(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Puts a tensor in the place of a parameter or buffer. Tied uses follow, because modules share no storage here."""
     owner = model.get_submodule(module_of(name))
@@ -208,5 +202,3 @@ def quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-

@@ -18,6 +18,7 @@ from ckptq.validators import Finding, Stored, configs, layout
 
 _SHOWN = 3
 """Names in one finding's subject; the rest is counted."""
+_FIRST = " (in the first)"
 
 
 def validate_plan(plan: Plan, scope: Scope) -> list[Finding]:
@@ -123,7 +124,7 @@ def group(findings: Iterable[Finding]) -> list[Finding]:
     by_story: dict[tuple[str, ...], list[Finding]] = {}
     for (code, severity, template, expected, hint), places in by_layer.items():
         joined = _join_layers(template, places)
-        story = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", joined.actual)
+        story = re.sub(r"[\d.]+(e[+-]?\d+)?", "#", joined.actual.removesuffix(_FIRST))
         by_story.setdefault((code, severity, expected, hint, story), []).append(joined)
     joined_all = [_join_names(same) for same in by_story.values()]
     return sorted(joined_all, key=lambda f: f.severity != "error")
@@ -141,13 +142,17 @@ def _template(subject: str) -> tuple[str, int]:
 
 
 def _join_layers(template: str, places: Sequence[tuple[int, Finding]]) -> Finding:
-    first = places[0][1]
     if len(places) == 1:
-        return first
-    differ = len({f.actual for _, f in places}) > 1
-    actual = f"{first.actual} (in the first of {len(places)})" if differ else first.actual
-    subject = template.replace("#", _ranges(sorted({number for number, _ in places})))
-    return dataclasses.replace(first, subject=subject, actual=actual, count=sum(f.count for _, f in places))
+        return places[0][1]
+    return _join([f for _, f in places], template.replace("#", _ranges(sorted({number for number, _ in places}))))
+
+
+def _join(same: Sequence[Finding], subject: str) -> Finding:
+    """The first of `same`, for all of them. What was found may differ: the first text stands for all, and says so."""
+    differ = len({f.actual for f in same}) > 1 and not same[0].actual.endswith(_FIRST)
+    return dataclasses.replace(
+        same[0], subject=subject, actual=same[0].actual + (_FIRST if differ else ""), count=sum(f.count for f in same)
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -165,6 +170,5 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _join_names(same: Sequence[Finding]) -> Finding:
     if len(same) == 1:
         return same[0]
-    shown = ", ".join(f.subject for f in same[:_SHOWN])
     more = f" and {len(same) - _SHOWN} more" if len(same) > _SHOWN else ""
-    return dataclasses.replace(same[0], subject=shown + more, count=sum(f.count for f in same))
+    return _join(same, ", ".join(f.subject for f in same[:_SHOWN]) + more)

@@ -1,4 +1,8 @@
-"""Qwen2.5-VL. The hub's files say `model.*` and `visual.*`; files written since transformers 4.52 may say `model.language_model.*`."""
+"""Qwen2.5-VL.
+
+The hub's files say `model.*` and `visual.*`; files written since transformers 4.52 may say
+`model.language_model.*` and `model.visual.*`.
+"""
 
 from ckptq.scopes import Fused, Scope, Tower
 
