@@ -17,25 +17,28 @@ FormatOption = Annotated[Format, typer.Option("--format", help="human: tables; j
 
 app = typer.Typer(
     help="Offline checkpoint quantizer: FP8 checkpoints that vLLM loads, made layer by layer, and validated.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich takes a third of the time, and would eat [@revision]
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 @app.command()
 def convert(
-    recipe: Annotated[str, typer.Option(help="A recipe file, or the name of a shipped one.")],
-    model: Annotated[str | None, typer.Option(help="Source: a folder, or a Hub id org/name[@revision].")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder to write; must not exist.")] = None,
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")],
+    model: Annotated[str | None, typer.Option(metavar="SRC", help="Source: a folder, or a Hub id org/name[@revision].")] = None,
+    output: Annotated[str | None, typer.Option(metavar="OUT", help="Folder to write; must not exist.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. calibration.samples=64; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. calibration.samples=64; repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: no weights read, no output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this job's interrupted run, if there is one.")] = False,
-    device: Annotated[str, typer.Option(help="Where calibration runs: auto, cpu, cuda or cuda:N.")] = "auto",
-    memory: Annotated[str | None, typer.Option(help="Limit for the whole process, e.g. 16GB; more samples go in waves.")] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where calibration runs: auto, cpu, cuda or cuda:N.")] = "auto",
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Limit on the device that calibrates, e.g. 16GB; samples go in waves.")
+    ] = None,
     format: FormatOption = "human",
 ) -> None:
     """Quantize a checkpoint as a recipe says, and check the result."""
@@ -59,9 +62,11 @@ def convert(
 @app.command()
 def validate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.")],
-    source: Annotated[str | None, typer.Option(help="What it was made from: untouched tensors must be equal to it.")] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="SRC", help="What it was made from: untouched tensors must be equal to it.")
+    ] = None,
     load: Annotated[bool, typer.Option("--load", help="Also load it with the real vLLM, and generate.")] = False,
-    vllm_python: Annotated[Path, typer.Option(help="The interpreter that has vLLM.")] = Path(sys.executable),
+    vllm_python: Annotated[Path, typer.Option(metavar="PYTHON", help="The interpreter that has vLLM.")] = Path(sys.executable),
     format: FormatOption = "human",
 ) -> None:
     """Say whether vLLM will serve a checkpoint right. Exit code 1 where it will not."""
@@ -83,10 +88,10 @@ def validate(
 @app.command()
 def inspect(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a Hub id org/name[@revision].")],
-    recipe: Annotated[str | None, typer.Option(help="Also show what each rule of this recipe would touch.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Count for this recipe alone.")] = None,
     format: FormatOption = "human",
 ) -> None:
-    """Show a checkpoint's parts, parameters, dtypes and sizes, the scope that applies, and what recipes would touch."""
+    """Show a checkpoint's parts, its scope, and what recipes would touch."""
     from ckptq import hub, render
     from ckptq.checkpoint import read_inventory
     from ckptq.console import Console
@@ -106,7 +111,8 @@ def recipes(
     from ckptq import render
     from ckptq.console import Console
     from ckptq.errors import RecipeError
-    from ckptq.recipe import close, shipped
+    from ckptq.mistakes import close
+    from ckptq.recipe import shipped
 
     console = Console(format)
     known = shipped()
@@ -121,13 +127,18 @@ def recipes(
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def top(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False
+) -> None:
     """Options before the command."""
     if version:
         from ckptq import __version__
 
         print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -140,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(arguments, standalone_mode=False)
-    except KeyboardInterrupt:
-        _say("interrupted", _resume_hint(arguments))
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     except CkptqError as error:
         _say(f"error: {error}", error.hint)
@@ -154,8 +164,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
-        _say(f"error: {error.format_message()}", "`ckptq --help` shows the commands")
+        where = getattr(getattr(error, "ctx", None), "command_path", "ckptq")
+        _say(f"error: {error.format_message().replace('Value error, ', '')}", f"`{where} --help` shows what there is")
         code = 2
+    if code == 130:  # typer turns Ctrl-C into an exit code of its own
+        _say("interrupted", _resume_hint(arguments))
     sys.exit(code if isinstance(code, int) else 0)
 
 

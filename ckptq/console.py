@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -92,24 +93,28 @@ class Console:
             human()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
-        """A table on stdout; `right` numbers the right-aligned columns."""
+        """A table on stdout; `right` numbers the right-aligned columns. Where no column has a name there is no header."""
         from rich import box
         from rich.table import Table
 
-        table: Table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        headed = any(columns)
+        look = box.SIMPLE_HEAD if headed else None
+        table: Table = Table(title=title or None, title_justify="left", title_style="bold", box=look, show_header=headed)
+        table.show_edge = table.pad_edge = False
+        table.collapse_padding = headed
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i in right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
         self.show(table)
+        self.show("")
 
     def show(self, what: object) -> None:
-        """Prints on stdout, as wide as the terminal, or 120 columns where there is none."""
+        """Prints on stdout, as wide as the terminal or COLUMNS says, or 120 columns where neither does."""
         from rich.console import Console as Terminal
 
-        Terminal(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, soft_wrap=isinstance(what, str)).print(
-            what
-        )
+        width = None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal() else 120
+        Terminal(width=width, highlight=False, markup=False, soft_wrap=isinstance(what, str)).print(what)
 
 
 def size(nbytes: float) -> str:

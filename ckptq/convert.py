@@ -17,7 +17,7 @@ from ckptq.cost import Cost
 from ckptq.errors import DataError, OutputError, RecipeError
 from ckptq.exporters import find_exporter
 from ckptq.journal import RECORD, Journal, ProgressFile
-from ckptq.plan import Observer, Plan
+from ckptq.plan import Observer, Plan, Scale
 from ckptq.planner import build_plan
 from ckptq.recipe import Recipe
 from ckptq.scopes import Scope, find_scope
@@ -52,6 +52,7 @@ class Report:
     output_bytes: int
     seconds: dict[str, float]
     peak_rss: int
+    peak_gpu: int
     tensors: dict[str, int]
     findings: tuple[Finding, ...]
 
@@ -78,8 +79,9 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     samples = load_samples(job.recipe.calibration) if job.plan.calibrated else []
     if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
         console.warn(f"calibration has {len(samples)} samples, the recipe asks for {job.recipe.calibration.samples}")
-    waiting = cost.waiting_budget(job.cost, memory)
     cost.check_space(output, job.plan.nbytes)
+    device = resolve_device(device)
+    waiting = _waiting_budget(job.cost, memory, device)
     record = _job_record(job, samples, device)
     journal = Journal(output)
     if journal.open(record, resume=resume):
@@ -113,7 +115,7 @@ def _produce(
         with console.stage("write", component.nbytes, "bytes") as advance:
             for shard in plan.shards:
                 if (journal.model / shard.file).is_file():
-                    advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if hasattr(op, "source")))
+                    advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if not isinstance(op, Scale)))
                 else:
                     write_shard(journal.model, shard, component, reader, amax, advance)
     _write_files(job, journal, record, table)
@@ -176,7 +178,6 @@ def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table:
         "amax": {o.name: table[o.name] for o in job.plan.observers},
         "decisions": [asdict(d) for d in job.plan.decisions],
         "config_changes": list(job.plan.config_changes),
-        "left_out": list(job.plan.left_out),
     }
     write_text(journal.model / RECORD, json.dumps(body, indent=1) + "\n")
     sync_folder(journal.model)
@@ -186,7 +187,6 @@ def _job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, 
     """What makes two runs the same job. No time, path or host in it, so that equal runs write equal files."""
     import torch
 
-    resolved = resolve_device(device)
     versions = {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
     return {
         "plan": job.plan.digest,
@@ -194,7 +194,7 @@ def _job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, 
         "source": job.source.label or "local folder",
         "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
         "samples": digest(samples) if samples else None,
-        "device": resolved,
+        "device": device,
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
@@ -206,6 +206,15 @@ def _portable_recipe(recipe: Recipe) -> dict[str, Any]:
     for key in ("images", "annotations", "files", "save_every"):
         body["calibration"].pop(key, None)
     return body
+
+
+def _waiting_budget(needs: Cost, memory: int | None, device: str) -> int:
+    """What waiting samples may hold on the device that calibrates."""
+    if device == "cpu":
+        return cost.waiting_budget(needs, memory, cost.available_memory())
+    import torch
+
+    return cost.waiting_budget(needs, memory, torch.cuda.mem_get_info(device)[0], imports=0)
 
 
 def resolve_device(device: str) -> str:
@@ -226,6 +235,8 @@ def resolve_device(device: str) -> str:
 
 
 def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console: Console) -> Report:
+    import torch
+
     kinds: dict[str, int] = {}
     for spec in job.plan.tensors.values():
         kinds[spec.dtype] = kinds.get(spec.dtype, 0) + 1
@@ -235,6 +246,7 @@ def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console:
         output_bytes=job.plan.nbytes,
         seconds=dict(console.seconds),
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_gpu=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         tensors=dict(sorted(kinds.items())),
         findings=findings,
     )

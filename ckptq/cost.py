@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.checkpoint import Component
-from ckptq.errors import OutputError, RecipeError
+from ckptq.console import size
+from ckptq.errors import OutputError, RecipeError, SourceError
 from ckptq.plan import Plan
 from ckptq.recipe import Recipe
 from ckptq.scopes import Scope
@@ -47,7 +48,7 @@ class Cost:
 
 
 def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe) -> Cost:
-    """The cost of a plan, taking every sample as long as the recipe allows."""
+    """The cost of a plan, taking every sample as long as the recipe allows. Raises SourceError for a config without sizes."""
     layers = [0] * plan.layer_count
     resident = parameters = 0
     for name, tensor in component.tensors.items():
@@ -58,8 +59,11 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe) -> 
         elif not scope.canonical(name).startswith("lm_head."):
             resident += tensor.spec.nbytes
     text = scope.text(component.config)
-    hidden, length = int(text["hidden_size"]), recipe.calibration.sequence_length
-    head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
+    try:
+        hidden, length = int(text["hidden_size"]), recipe.calibration.sequence_length
+        head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"config.json: hidden_size and num_attention_heads should be positive integers: {error!r}") from error
     samples = recipe.calibration.samples if plan.calibrated else 0
     attention = 4 * plan.layer_count * hidden * length / 2
     return Cost(
@@ -72,19 +76,22 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe) -> 
     )
 
 
-def waiting_budget(cost: Cost, memory: int | None) -> int:
-    """Bytes that waiting samples may hold under `memory`, or under 80 % of what is free now.
+def waiting_budget(cost: Cost, limit: int | None, free: int, imports: int = IMPORTS) -> int:
+    """Bytes that waiting samples may hold where they are kept: under `limit` in all, or under 80 % of what is `free` now.
 
-    Raises RecipeError where not even one sample fits.
+    imports   what of `limit` the process takes before it begins: IMPORTS on the host, nothing on a GPU
+
+    Raises RecipeError where not even one sample fits `limit`.
     """
-    total = memory if memory is not None else int(0.8 * available_memory()) + IMPORTS
-    left = total - cost.fixed
-    if memory is not None and left < cost.sample:
+    fixed = cost.fixed - IMPORTS + imports
+    if limit is None:
+        return max(int(0.8 * free) - (fixed - imports), cost.sample)
+    if limit < fixed + cost.sample:
         raise RecipeError(
-            f"--memory {memory}: too little: embeddings, two decoder layers and one sample take {cost.fixed + cost.sample} bytes",
-            hint=f"give --memory {-(-(cost.fixed + cost.sample) // 10**6)}MB or more, or lower calibration.sequence_length",
+            f"--memory {size(limit)}: too little: embeddings, two decoder layers and one sample take {size(fixed + cost.sample)}",
+            hint=f"give --memory {-(-(fixed + cost.sample) // 10**6)}MB or more, or lower calibration.sequence_length",
         )
-    return max(left, cost.sample)
+    return limit - fixed
 
 
 def available_memory() -> int:
@@ -104,6 +111,6 @@ def check_space(output: Path, nbytes: int) -> None:
     free = stat.f_bavail * stat.f_frsize
     if free < nbytes:
         raise OutputError(
-            f"{output}: the output takes {nbytes} bytes, the disk has {free} free",
+            f"{output}: the output takes {size(nbytes)}, the disk has {size(free)} free",
             hint="free some space, or choose another --output",
         )

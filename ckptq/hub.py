@@ -49,7 +49,7 @@ def fetch(src: str, *, weights: bool = True) -> Source:
     Raises SourceError where there is no such checkpoint, no access or no network, OutputError where the cache can't be
     written.
     """
-    folder = Path(src).expanduser()
+    folder = Path(src).expanduser() if src.startswith("~/") else Path(src)
     if src and folder.is_dir():
         return Source(folder, None, read_header)
     hint = "give a folder, or a Hub id as org/name[@revision]"

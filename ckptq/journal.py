@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,17 +54,25 @@ class Journal:
         Raises OutputError for an output that exists (without `resume`), belongs to another job, or is being written now.
         """
         if not self.staging.is_dir():
+            if resume and self._published_by(job):
+                return False
             self._refuse_existing()
-        elif not resume and self._job.is_file():
-            raise OutputError(f"{self.output}: an interrupted job is there", hint="add --resume to go on, or remove the folder")
         with writing(self.staging):
             self.staging.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        try:
+            return self._begin(job, resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, job: Mapping[str, Any], resume: bool) -> bool:
         if self._job.is_file():
+            if not resume:
+                raise OutputError(f"{self.output}: an interrupted job is there", hint="add --resume to go on, or remove the folder")
             self._compare(json.loads(self._job.read_text(encoding="utf-8")), job)
         elif (self.output / "config.json").is_file():  # published; a kill struck while the staging folder was removed
-            record = self.output / RECORD
-            self._compare(json.loads(record.read_text(encoding="utf-8"))["job"] if record.is_file() else {}, job)
+            self._compare(self._record(), job)
             self.close()
             return False
         else:
@@ -73,6 +81,16 @@ class Journal:
         with writing(self.model):
             self.model.mkdir(exist_ok=True)
         return True
+
+    def _published_by(self, job: Mapping[str, Any]) -> bool:
+        """Whether this job has published its output whole; a kill may have struck after its last step."""
+        return (self.output / "config.json").is_file() and self._record() == job
+
+    def _record(self) -> dict[str, Any]:
+        """The job that a published output says it comes from."""
+        record = self.output / RECORD
+        job: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")).get("job", {}) if record.is_file() else {}
+        return job
 
     def load(self, stage: str) -> dict[str, float] | None:
         """The amax table that a finished stage left, {observer name: amax}."""
@@ -129,14 +147,22 @@ class Journal:
             raise OutputError(f"{self.output}: another ckptq is writing it now", hint="wait for it to end") from None
 
     def _compare(self, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changed = [
-            f"{key}: {began.get(key)} then, {now.get(key)} now" for key in {**began, **now} if began.get(key) != now.get(key)
-        ]
+        changed = list(_changes(began, now))
         if changed:
             raise OutputError(
                 f"{self.output}: the interrupted job there is another one\n" + "\n".join(f"  - {c}" for c in changed),
                 hint="restore what changed and use --resume, or remove the folder and start again",
             )
+
+
+def _changes(began: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """A line for every setting that differs, with its whole name."""
+    for key in {**began, **now}:
+        old, new = began.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _changes(old, new, f"{at}{key}.")
+        elif old != new:
+            yield f"{at}{key}: {old} then, {new} now"
 
 
 @dataclass(frozen=True, slots=True)

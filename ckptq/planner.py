@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptq.checkpoint import FLOATS, INDEX, SINGLE, Component, SourceTensor
 from ckptq.errors import RecipeError, SourceError, UnsupportedError
+from ckptq.mistakes import close
 from ckptq.plan import (
     SCHEMES,
     Copy,
@@ -25,7 +26,7 @@ from ckptq.plan import (
     ShardSpec,
     module_of,
 )  # fmt: skip
-from ckptq.recipe import Recipe, close
+from ckptq.recipe import Recipe
 from ckptq.scopes import Scope
 
 
@@ -35,7 +36,6 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
     Raises RecipeError for patterns that match nothing or split a fused group, SourceError for tensors that the config calls
     for and the files lack, UnsupportedError for a source that is quantized already.
     """
-    _refuse_quantized(component)
     layers = scope.layer_count(component.config)
     linears = language_linears(component, scope)
     decisions = decide(recipe, component, scope)
@@ -63,8 +63,10 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
         left_out=component.left_out,
         layer_count=layers,
     )
-    # Two plans of one digest write the same names, shapes, offsets and files: every field is frozen and shows in its repr.
-    return dataclasses.replace(plan, digest=hashlib.sha256(repr(plan).encode()).hexdigest())
+    # Two plans of one digest write the same bytes, given the same amaxes: every field is frozen and shows in its repr.
+    # What is left out does not count: a Hub cache may hold further copies of the weights or not.
+    written = repr(dataclasses.replace(plan, left_out=()))
+    return dataclasses.replace(plan, digest=hashlib.sha256(written.encode()).hexdigest())
 
 
 def matches(pattern: str, module: str, scope: Scope) -> bool:
@@ -86,7 +88,11 @@ def _refuse_quantized(component: Component) -> None:
 
 
 def language_linears(component: Component, scope: Scope) -> dict[str, int]:
-    """{source module: layer} of every quantizable linear. Raises SourceError where one is missing or no 2-D float weight."""
+    """{source module: layer} of every quantizable linear.
+
+    Raises SourceError where one is missing or no 2-D float weight, UnsupportedError for a source that is quantized already.
+    """
+    _refuse_quantized(component)
     layers = scope.layer_count(component.config)
     found: dict[tuple[int, str], str] = {}
     for name in component.tensors:
@@ -138,7 +144,7 @@ def _decision(module: str, recipe: Recipe, scope: Scope, linears: Mapping[str, i
                 raise RecipeError(
                     f"quantize pattern {pattern!r} matches {module}, which is outside the language model's layers; "
                     f"the scope {scope.name} quantizes those only",
-                    hint=f"add {module.split('.')[0]!r} to keep, or narrow the pattern to {scope.layers + '.*'!r}",
+                    hint=f"add {scope.canonical(module).split('.')[0]!r} to keep, or narrow the pattern to {scope.layers + '.*'!r}",
                 )
             return Decision(module, "keep", f"quantize: {pattern}", "not a linear")
     return Decision(
@@ -281,13 +287,16 @@ def _index(shards: Sequence[ShardSpec]) -> str:
 
 
 def insert_section(text: str, key: str, section: Mapping[str, Any]) -> str:
-    """`text`, a JSON object, with one more key at its end. Every other byte stays: numbers keep the form they were written in."""
-    body = text.rstrip()
-    inside = body[:-1].rstrip()
-    indent = next((line[: len(line) - len(line.lstrip())] for line in body.splitlines()[1:] if line.strip() != "}"), "  ")
-    value = json.dumps(section, indent=len(indent.expandtabs(2)) or 2).replace("\n", "\n" + indent)
-    comma = "" if inside.endswith("{") else ","
-    result = f'{inside}{comma}\n{indent}"{key}": {value}\n}}{text[len(body) :]}'
+    """`text`, a JSON object, with one more key at its end. Every byte of it stays: numbers keep the form they were written in."""
+    end = len(text.rstrip()[:-1].rstrip())  # behind the last value, or behind the opening brace
+    indent = next((line[: -len(line.lstrip())] for line in text.splitlines()[1:] if line.strip() not in ("", "}")), "  ")
+    comma = "" if text[:end].endswith("{") else ","
+    if "\n" in text.strip():
+        value = json.dumps(section, indent=indent or 2).replace("\n", "\n" + indent)
+        added = f'{comma}\n{indent}"{key}": {value}'
+    else:
+        added = f'{comma}{" " if comma else ""}"{key}": {json.dumps(section)}'
+    result = text[:end] + added + text[end:]
     if json.loads(result) != {**json.loads(text), key: section}:
         raise AssertionError("config.json was not extended as intended")
     return result

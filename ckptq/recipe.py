@@ -8,8 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +16,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ckptq.errors import RecipeError
+from ckptq.mistakes import KeyPath, Sections, describe, dotted
+from ckptq.mistakes import close as close
 
 _UNITS = {
     "": 1,
@@ -104,6 +104,7 @@ class BuiltinCalibration(_Calibration):
 
 
 Calibration = Annotated[CocoCalibration | TextCalibration | BuiltinCalibration, Field(discriminator="source")]
+_SOURCES: Mapping[str, type[Section]] = {"coco": CocoCalibration, "text": TextCalibration, "builtin": BuiltinCalibration}
 
 
 class Export(Section):
@@ -134,6 +135,16 @@ class Recipe(Section):
     validation: Validation = Validation()
 
 
+SECTIONS: Sections = {
+    (): tuple(Recipe.model_fields),
+    ("quantize",): tuple(Rule.model_fields),
+    **{("calibration", name): tuple(section.model_fields) for name, section in _SOURCES.items()},
+    ("export",): tuple(Export.model_fields),
+    ("validation",): tuple(Validation.model_fields),
+}
+"""The keys of each section, by its place."""
+
+
 def shipped() -> dict[str, str]:
     """{name without .yaml: text} of the recipes that come with ckptq."""
     folder = importlib.resources.files("ckptq") / "recipes"
@@ -150,7 +161,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), **top: str | None) -> 
     """
     path = Path(name)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{name}: expected a YAML file in UTF-8, found byte {error.object[error.start]:#x}") from None
     else:
         known = shipped()
         text = known.get(name.removesuffix(".yaml"), "")
@@ -164,99 +178,93 @@ def load_recipe(name: str, overrides: Sequence[str] = (), **top: str | None) -> 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), **top: str | None) -> Recipe:
     """As load_recipe, from the YAML itself; `name` is what errors call it."""
+    problems: list[str] = []
+    places: dict[KeyPath, str] = {}
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = _lines(root, name)
+        _locate(root, (), places, problems)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise RecipeError(f"{name}: not YAML{line}: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # forbidden characters, an alias of itself, the 31st of June
         raise RecipeError(f"{name}: not YAML: {error}") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{name}: expected a mapping of settings, found {type(data).__name__}")
+        found = "an empty file" if data is None else type(data).__name__
+        raise RecipeError(f"{name}: expected a mapping of settings, found {found}", hint="`ckptq recipes demo` prints an example")
     for override in overrides:
-        _apply(data, override)
-    data.update({key: value for key, value in top.items() if value is not None})
+        try:
+            _apply(data, override, places)
+        except ValueError as error:
+            problems.append(f"--set {override}: {error}")
+    for key, value in top.items():
+        if value is not None:
+            data[key] = value
+            places[key,] = f"--{key}"
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_describe(e, lines) for e in error.errors()]
+        problems += _describe_all(error, data, places)
+    if not problems:
+        return recipe
     count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
     raise RecipeError(f"{name}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _lines(node: yaml.Node | None, name: str, at: tuple[object, ...] = ()) -> dict[tuple[object, ...], int]:
-    """{path of a key: its line}. Raises RecipeError for a key given twice, of which YAML would drop one silently."""
-    found: dict[tuple[object, ...], int] = {}
+def _locate(node: yaml.Node | None, at: KeyPath, places: dict[KeyPath, str], problems: list[str]) -> None:
+    """Notes where each key stands, and each key given twice, of which YAML would drop the first silently."""
+    items: Iterable[tuple[object, yaml.Node, yaml.Node]] = ()
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*at, key.value)
-            if path in found:
-                raise RecipeError(f"{name}:{key.start_mark.line + 1}: {_dotted(path)} is given twice, first in line {found[path]}")
-            found[path] = key.start_mark.line + 1
-            found.update(_lines(value, name, path))
+        items = ((key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
     elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            found[(*at, i)] = value.start_mark.line + 1
-            found.update(_lines(value, name, (*at, i)))
-    return found
+        items = ((i, value, value) for i, value in enumerate(node.value))
+    for part, key, value in items:
+        path, place = (*at, part), f"line {key.start_mark.line + 1}"
+        if path in places:
+            problems.append(f"{dotted(path)} ({place}): is given twice, first in {places[path]}")
+        places[path] = place
+        _locate(value, path, places, problems)
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Sets `a.b.c=VALUE` in nested mappings and lists; VALUE is read as YAML."""
+def _apply(data: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
+    """Sets `a.b.c=VALUE` in nested mappings and lists; VALUE is read as YAML. Raises ValueError where that can't be done."""
     key, sign, value = override.partition("=")
     if not sign or not key:
-        raise RecipeError(f"--set {override}: expected KEY=VALUE, for example --set calibration.samples=64")
-    *parents, last = key.split(".")
-    at: Any = data
+        raise ValueError("expected KEY=VALUE, for example --set calibration.samples=64")
     try:
-        for part in parents:
-            at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
-        at[int(last) if isinstance(at, list) else last] = yaml.safe_load(value)
-    except (TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError) as error:
-        raise RecipeError(f"--set {override}: {key} can't be set: {error}") from error
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{value!r} is not YAML; quote it") from error
+    at: Any = data
+    path: KeyPath = ()
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if isinstance(at, list):
+            if not part.isdecimal() or int(part) >= len(at):
+                raise ValueError(f"{dotted(path)} has {len(at)} items: expected a number below that, found {part!r}")
+        elif not isinstance(at, dict):
+            raise ValueError(f"{dotted(path)} is {at!r}, which has no keys")
+        step: Any = int(part) if isinstance(at, list) else part
+        path = (*path, step)
+        if depth == len(parts) - 1:
+            at[step] = parsed
+        elif isinstance(at, dict) and at.get(step) is None:
+            at[step] = {}
+        at = at[step]
+    for old in [p for p in places if p[: len(path)] == path]:
+        del places[old]
+    places[path] = f"--set {override}"
 
 
-def _describe(error: Mapping[str, Any], lines: Mapping[tuple[object, ...], int]) -> str:
-    location = tuple(part for part in error["loc"] if part not in ("coco", "text", "builtin"))
-    line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
-    where = f"{_dotted(location)} (line {line})" if line else _dotted(location)
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key{close(str(location[-1]), _keys(error['loc'][:-1]))}"
-    if error["type"] == "missing":
-        return f"{where}: is required"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    shown = "" if "found" in message else f", found {error['input']!r}"
-    return f"{where}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def _keys(location: tuple[object, ...]) -> set[str]:
-    """The keys of the section at a pydantic error location, for close matches."""
-    kind: Any = Recipe
-    for part in location:
-        if isinstance(part, str) and isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
-            kind = kind.model_fields[part].annotation
-        kind = _section(kind, part)
-    return set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()
-
-
-def _section(kind: Any, part: object) -> Any:
-    """The section class inside an annotation; of several, the one whose `source` is `part`."""
-    if typing.get_origin(kind) in (typing.Annotated, list):
-        return _section(typing.get_args(kind)[0], part)
-    if isinstance(kind, types.UnionType):
-        for choice in typing.get_args(kind):
-            if part in typing.get_args(getattr(choice, "model_fields", {}).get("source", Field()).annotation):
-                return choice
-    return kind
-
-
-def _dotted(path: Iterable[object]) -> str:
-    return ".".join(str(part) for part in path)
-
-
-def close(word: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` for a near miss, else the known words, else nothing."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; known: {', '.join(known[:12])}" if known else ""
+def _describe_all(error: ValidationError, data: dict[str, Any], places: Mapping[KeyPath, str]) -> list[str]:
+    """One line for each mistake. A wrong calibration.source hides those beside it: they are those of the nearest source."""
+    problems = []
+    for e in error.errors():
+        problems.append(describe(e, places, SECTIONS))
+        if e["type"] == "union_tag_invalid" and (near := difflib.get_close_matches(e["ctx"]["tag"], _SOURCES, n=1)):
+            section = {**data["calibration"], "source": near[0]}
+            try:
+                Recipe.model_validate({"quantize": [{"modules": "*", "scheme": "fp8"}], "calibration": section})
+            except ValidationError as inner:
+                problems += [describe(i, places, SECTIONS) for i in inner.errors()]
+    return problems

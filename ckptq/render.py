@@ -13,7 +13,7 @@ from ckptq.checkpoint import Component, Inventory
 from ckptq.console import Console, duration, size
 from ckptq.convert import Prepared, Report
 from ckptq.cost import RATES
-from ckptq.errors import RecipeError
+from ckptq.errors import CkptqError, UnsupportedError
 from ckptq.plan import Decision, module_of
 from ckptq.planner import decide
 from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
@@ -50,8 +50,7 @@ def plan_data(job: Prepared) -> dict[str, Any]:
 def show_plan(console: Console, job: Prepared) -> None:
     """`--dry-run`: what becomes what, by which rule, and what it takes."""
     plan, cost = job.plan, job.cost
-    rows = [(pattern, action, rule, reason, count) for (pattern, action, rule, reason), count in grouped(plan.decisions).items()]
-    console.table("What becomes what", ("modules", "becomes", "by rule", "why", "count"), rows, right=(4,))
+    console.table("What becomes what", ("modules", "become", "because of", "count"), grouped(plan.decisions), right=(3,))
     facts = [
         ("source", f"{size(job.inventory.main.nbytes)} in {len(job.inventory.main.weight_files)} files, scope {job.scope.name}"),
         ("output", f"{size(plan.nbytes)} in {len(plan.shards)} files, format {job.recipe.export.format}"),
@@ -70,22 +69,26 @@ def show_plan(console: Console, job: Prepared) -> None:
     _show_findings(console, job.findings)
 
 
-def grouped(decisions: Sequence[Decision]) -> dict[tuple[str, str, str, str], int]:
-    """Equal decisions for modules that differ in numbers alone, counted: `model.layers.{0..27}.mlp.up_proj`."""
-    numbers: dict[tuple[str, str, str, str], list[int]] = {}
-    for decision in decisions:
-        reason = re.sub(r" of layer \d+", "", decision.reason)
-        key = (re.sub(r"\.\d+(?=\.|$)", ".{}", decision.module, count=1), decision.action, decision.rule, reason)
-        numbers.setdefault(key, []).append(int((re.search(r"\.(\d+)(?=\.|$)", decision.module) or [0, -1])[1]))
-    return {(name.replace("{}", _span(found)), *rest): len(found) for (name, *rest), found in numbers.items()}  # type: ignore[misc]
+def grouped(decisions: Sequence[Decision]) -> list[tuple[str, str, str, int]]:
+    """(modules, what they become, why, how many): one row for modules that differ in a number alone, `model.layers.{0..27}.x`."""
+    numbers: dict[tuple[str, str, str], list[int]] = {}
+    for d in decisions:
+        kind, _, pattern = d.rule.partition(": ")
+        why = pattern if kind == "keep" or d.action != "keep" else d.reason
+        key = (re.sub(r"\.\d+(?=\.|$)", ".{}", d.module, count=1), d.action, why)
+        numbers.setdefault(key, []).append(int((re.search(r"\.(\d+)(?=\.|$)", d.module) or [0, -1])[1]))
+    return [(name.replace("{}", _span(found)), action, why, len(found)) for (name, action, why), found in numbers.items()]
 
 
 def _span(numbers: Sequence[int]) -> str:
-    ordered = sorted(numbers)
-    if len(ordered) == 1:
-        return str(ordered[0])
-    whole = ordered == list(range(ordered[0], ordered[-1] + 1))
-    return f"{{{ordered[0]}..{ordered[-1]}}}" if whole else "{" + ",".join(map(str, ordered)) + "}"
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def report_data(report: Report) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def show_report(console: Console, report: Report) -> None:
         ("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)} ({ratio:.1%})"),
         ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in report.tensors.items())),
         ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items() if name != "import") or "-"),
-        ("peak memory", size(report.peak_rss)),
+        ("peak memory", size(report.peak_rss) + (f", {size(report.peak_gpu)} on the GPU" if report.peak_gpu else "")),
         ("verdict", _verdict(report.findings)),
         ("serve it", _serve(report.output)),
         ("note", "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"),
@@ -143,9 +146,15 @@ def _serve(folder: Path) -> str:
 
 
 def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
-    """What `inspect` knows: components, parts, and what each rule of a recipe, or of every shipped one that fits, touches."""
+    """What `inspect` knows: components, parts, and what each rule of a recipe, or of every shipped one, touches.
+
+    An architecture without a scope, or a checkpoint that a recipe does not fit, is shown all the same, with the reason.
+    """
     component = inventory.main
-    scope = find_scope(component.config)
+    try:
+        scope, reason = find_scope(component.config), ""
+    except UnsupportedError as error:
+        scope, reason = None, str(error)
     parts: dict[str, dict[str, Any]] = {}
     for name, tensor in component.tensors.items():
         part = parts.setdefault(_part(scope, name), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": {}})
@@ -157,16 +166,19 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
     return {
         "checkpoint": str(inventory.root),
         "architectures": component.config.get("architectures"),
-        "scope": scope.name,
-        "scope_source": scope.source,
-        "layers": scope.layer_count(component.config),
+        "scope": scope.name if scope else None,
+        "scope_source": scope.source if scope else None,
+        "no_scope": reason or None,
+        "layers": scope.layer_count(component.config) if scope else None,
         "parts": parts,
         "files_left_out": list(component.left_out),
-        "recipes": {name: _touched(component, scope, found) for name, found in recipes.items()},
+        "recipes": {name: _touched(component, scope, found) for name, found in recipes.items()} if scope else {},
     }
 
 
-def _part(scope: Scope, tensor: str) -> str:
+def _part(scope: Scope | None, tensor: str) -> str:
+    if scope is None:
+        return tensor.partition(".")[0]
     name = scope.canonical(tensor)
     if scope.layer_of(tensor):
         return "language model layers"
@@ -175,19 +187,23 @@ def _part(scope: Scope, tensor: str) -> str:
 
 
 def _touched(component: Component, scope: Scope, recipe: Recipe) -> dict[str, Any]:
-    """{rule: number of modules it decides}, and the patterns that match nothing."""
+    """{rule: number of modules it decides}, or why the recipe does not fit."""
     try:
         decisions = decide(recipe, component, scope)
-    except RecipeError as error:
-        return {"error": str(error)}
+    except CkptqError as error:
+        return {"rules": {}, "error": str(error)}
     rules = [f"keep: {p}" for p in recipe.keep] + [f"quantize: {p}" for rule in recipe.quantize for p in rule.modules]
-    return {rule: sum(d.rule == rule and (d.action != "keep" or rule.startswith("keep")) for d in decisions) for rule in rules}
+    touched = {rule: sum(d.rule == rule and (d.action != "keep" or rule.startswith("keep")) for d in decisions) for rule in rules}
+    return {"rules": touched, "error": None}
 
 
 def show_inspect(console: Console, data: Mapping[str, Any]) -> None:
     """`inspect` for people."""
-    console.show(f"{data['checkpoint']}: {', '.join(data['architectures'])}, {data['layers']} layers")
-    console.show(f"scope {data['scope']} ({data['scope_source']})")
+    console.show(
+        f"{data['checkpoint']}: {', '.join(data['architectures'] or ['no architecture in config.json'])}"
+        + (f", {data['layers']} layers" if data["layers"] else "")
+    )
+    console.show(f"scope {data['scope']} ({data['scope_source']})" if data["scope"] else f"no scope: {data['no_scope']}")
     rows = [
         (name, part["tensors"], f"{part['parameters']:,}", size(part["bytes"]), ", ".join(part["dtypes"]))
         for name, part in data["parts"].items()
@@ -195,8 +211,15 @@ def show_inspect(console: Console, data: Mapping[str, Any]) -> None:
     total = [sum(part[key] for part in data["parts"].values()) for key in ("tensors", "parameters", "bytes")]
     rows.append(("total", total[0], f"{total[1]:,}", size(total[2]), ""))
     console.table("Parts", ("part", "tensors", "parameters", "size", "dtypes"), rows, right=(1, 2, 3))
-    rules = [(name, rule, count) for name, touched in data["recipes"].items() for rule, count in touched.items()]
-    console.table("What recipes would touch", ("recipe", "rule", "modules"), rules)
+    rules = [(name, rule, count) for name, touched in data["recipes"].items() for rule, count in touched["rules"].items()]
+    if rules:
+        console.table("What recipes would touch", ("recipe", "rule", "modules"), rules, right=(2,))
+    misfits: dict[str, list[str]] = {}
+    for name, touched in data["recipes"].items():
+        if touched["error"]:
+            misfits.setdefault(touched["error"], []).append(name)
+    for error, names in misfits.items():
+        console.show(f"{', '.join(names)}: {error}")
     if data["files_left_out"]:
         console.show("left out of an output: " + ", ".join(data["files_left_out"]))
 

@@ -43,7 +43,7 @@ class StreamedModel:
         self._assign(component)
         self.layer_bytes = max(sum(_slot(t.spec) for t in sources.values()) for sources in self._layer_sources)
         self.resident_bytes = sum(t.spec.nbytes for t in self._resident_sources.values())
-        self._slots: list[torch.Tensor] = []
+        self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def module_name(self, source_module: str) -> str:
         """The name in memory of a module that has a weight in the source."""
@@ -73,32 +73,48 @@ class StreamedModel:
             _set(self.model, name, blank(source.spec))
 
     def read_layer(self, index: int) -> torch.Tensor:
-        """Fills one of two reused host buffers with a layer's weights. Safe to run beside `use_layer` of the layer before."""
-        while len(self._slots) < 2:
-            self._slots.append(torch.empty(self.layer_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
-        slot = self._slots[index % 2]
-        view, at = raw(slot), 0
+        """A layer's weights as bytes on `device`, in one of two buffers that are used in turn.
+
+        Runs in a thread of its own while the layer before computes.
+        """
+        if not self._slots:
+            self._slots = [self._slot_pair() for _ in range(2)]
+        host, slot = self._slots[index % 2]
+        view, at = raw(host), 0
         for source in self._layer_sources[index].values():
             self._reader.read_into(source, 0, view[at : at + source.spec.nbytes])
             at += _slot(source.spec)
+        if slot is not host:
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(stream):
+                slot.copy_(host, non_blocking=True)
+            stream.synchronize()
         return slot
 
     @contextlib.contextmanager
     def use_layer(self, index: int, slot: torch.Tensor) -> Iterator[None]:
-        """The layer has its weights, from the buffer that `read_layer` filled, until the block ends."""
+        """The layer has its weights, from what `read_layer` returned, until the block ends."""
         names, at = self._layer_sources[index], 0
         for name, source in names.items():
-            _set(self.model, name, typed(slot[at:], source.spec).to(self.device))
+            _set(self.model, name, typed(slot[at:], source.spec))
             at += _slot(source.spec)
         try:
             yield
         finally:
             for name, source in names.items():
                 _set(self.model, name, blank(source.spec))
+            if self.device.type == "cuda":  # the buffer is filled again while the next layer computes
+                torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
         """Frees the layer buffers."""
         self._slots.clear()
+
+    def _slot_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(host buffer, buffer on `device`) for one layer; the same one on a CPU."""
+        on_gpu = self.device.type == "cuda"
+        host = torch.empty(self.layer_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        return host, torch.empty(self.layer_bytes, dtype=torch.uint8, device=self.device) if on_gpu else host
 
     def _find_layers(self, component: Component) -> str:
         for name, memory in self._memory_name.items():

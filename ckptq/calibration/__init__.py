@@ -41,7 +41,8 @@ def digest(samples: Sequence[Sample]) -> str:
     """SHA-256 over texts, prompts and image bytes, in order: what the result depends on, and no path."""
     total = hashlib.sha256()
     for sample in samples:
-        parts = (sample.text.encode(), (sample.prompt or "").encode(), sample.image.read_bytes() if sample.image else b"")
+        texts = (text.encode(errors="surrogatepass") for text in (sample.text, sample.prompt or ""))
+        parts = (*texts, sample.image.read_bytes() if sample.image else b"")
         for part in parts:
             total.update(len(part).to_bytes(8, "little") + part)
     return total.hexdigest()

@@ -1,0 +1,43 @@
+# make demo   sets everything up and converts the example model
+# make test   sets everything up, the real server included, and runs all tests
+# Each environment is made once, and again when what it is made from changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SERVER := .venv-vllm/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	rm -rf out/demo
+	$(BIN)/ckptq convert --recipe demo.yaml
+	$(BIN)/ckptq validate out/demo --source examples/tiny-qwen2.5-vl
+
+test: .venv/installed .venv-vllm/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt torch==2.13.0
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The server has an environment of its own: it wants other versions of the same packages.
+.venv-vllm/installed: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(SERVER)/pip install $(PIP_FLAGS) torch==2.13.0
+	$(SERVER)/pip install $(PIP_FLAGS) -r constraints-vllm.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-vllm out build dist *.egg-info

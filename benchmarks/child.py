@@ -1,0 +1,128 @@
+"""One measured run in a process of its own: `python benchmarks/child.py KIND JOB.json` prints one JSON line.
+
+KIND is imports, ckptq, modelopt or floor. All import the same modules first, and only then is the clock started, so that
+seconds of the importing are left out everywhere and peak RSS holds the same baseline. JOB.json: model, output, text,
+samples, length, threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; the same for every peer
+
+
+def main() -> None:
+    """Imports, runs, and prints wall and CPU seconds, peak RSS and the baseline after the imports."""
+    kind, job = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import modelopt.torch.export
+        import modelopt.torch.quantization
+        import torch
+        import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+
+        import ckptq.calibrate
+        import ckptq.convert  # noqa: F401
+    torch.set_num_threads(job["threads"])
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    shutil.rmtree(job["output"], ignore_errors=True)
+    wall, cpu = time.perf_counter(), _cpu()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        stages = RUNS[kind](job)
+    wall, cpu = time.perf_counter() - wall, _cpu() - cpu
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    result = {"wall": wall, "cpu": cpu, "rss": usage.ru_maxrss * 1024, "baseline": baseline, "stages": stages}
+    print(json.dumps(result))
+
+
+def _cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_nothing(job: dict[str, Any]) -> dict[str, float]:
+    """The baseline alone."""
+    return {}
+
+
+def run_ckptq(job: dict[str, Any]) -> dict[str, float]:
+    """The command `ckptq convert`, as a user runs it: scan, calibration, encoding, validation, publishing."""
+    from ckptq.console import Console
+    from ckptq.convert import convert, prepare
+    from ckptq.recipe import load_recipe
+
+    calibration = {"source": "text", "files": [job["text"]], "samples": job["samples"], "sequence_length": job["length"]}
+    overrides = [f"calibration={json.dumps(calibration)}", "export.shard_size=5GB"]
+    recipe = load_recipe("qwen25vl-lm-fp8-text", overrides, model=job["model"], output=job["output"])
+    console = Console(quiet=True)
+    convert(prepare(recipe, weights=True), resume=False, device="cpu", memory=job.get("memory"), console=console)
+    return console.seconds
+
+
+def run_modelopt(job: dict[str, Any]) -> dict[str, float]:
+    """ModelOpt's resident flow on the same samples: load, quantize with calibration, export."""
+    from peers.modelopt_export import export
+
+    start = time.perf_counter()
+    export(Path(job["model"]), Path(job["output"]), _inputs(job))
+    return {"all": time.perf_counter() - start}
+
+
+def run_floor(job: dict[str, Any]) -> dict[str, float]:
+    """Read the source once, run the base model forward on the samples, write as many bytes as the output once."""
+    import torch
+    import transformers
+
+    inputs = _inputs(job)
+    start = time.perf_counter()
+    buffer = bytearray(8 << 20)
+    for file in sorted(Path(job["model"]).glob("*.safetensors")):
+        with file.open("rb", buffering=0) as reader:
+            while reader.readinto(buffer):
+                pass
+    read = time.perf_counter()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.bfloat16).model
+    loaded = time.perf_counter()
+    with torch.inference_mode():
+        for sample in inputs:
+            model(**sample, use_cache=False)
+    forwarded = time.perf_counter()
+    output = Path(job["output"])
+    output.mkdir()
+    left = job["output_bytes"]
+    with (output / "floor").open("wb", buffering=0) as writer:
+        while left > 0:
+            left -= writer.write(memoryview(buffer)[: min(left, len(buffer))])
+        os.fsync(writer.fileno())
+    written = time.perf_counter()
+    return {"read": read - start, "load": loaded - read, "forward": forwarded - loaded, "write": written - forwarded}
+
+
+def _inputs(job: dict[str, Any]) -> list[dict[str, Any]]:
+    from ckptq.calibration import load_samples
+    from ckptq.calibration.encode import Encoder
+    from ckptq.recipe import TextCalibration
+
+    settings = TextCalibration(source="text", files=[job["text"]], samples=job["samples"], sequence_length=job["length"])
+    encoder = Encoder(Path(job["model"]), None, job["length"])
+    return [encoder.encode(sample) for sample in load_samples(settings)]
+
+
+RUNS = {"imports": run_nothing, "ckptq": run_ckptq, "modelopt": run_modelopt, "floor": run_floor}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m ckptq`."""
+
+from ckptq.cli import main
+
+main()
