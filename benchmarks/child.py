@@ -29,10 +29,7 @@ def main() -> None:
     kind, job = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        import modelopt.torch.export
-        import modelopt.torch.quantization
         import torch
-        import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 
         import ckptq.calibrate
         import ckptq.convert  # noqa: F401

@@ -289,20 +289,17 @@ def fingerprint(root: Path, component: Component) -> str:
 
 
 class Reader:
-    """Bounded reads from a component's weight files. Holds one descriptor a file; close it, or use it as a context."""
+    """Bounded reads from a component's weight files, from any thread. Holds one descriptor a file; use it as a context."""
 
     def __init__(self, root: Path, component: Component) -> None:
-        self._base = root / component.folder
-        self._files: dict[str, int] = {}
+        base = root / component.folder
+        self._files = {file: os.open(base / file, os.O_RDONLY) for file in component.weight_files}
 
     def read_into(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
         """Fills `buffer` with the tensor's bytes from `start` on (bytes from the tensor's own start)."""
-        fd = self._files.get(tensor.file)
-        if fd is None:
-            fd = self._files[tensor.file] = os.open(self._base / tensor.file, os.O_RDONLY)
         done = 0
         while done < len(buffer):
-            count = os.preadv(fd, [buffer[done:]], tensor.offset + start + done)
+            count = os.preadv(self._files[tensor.file], [buffer[done:]], tensor.offset + start + done)
             if count == 0:
                 raise SourceError(f"{tensor.file}: ended while {tensor.spec.name} was read; was it changed meanwhile?")
             done += count

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="ckptq", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except CkptqError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import resource
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     if job.recipe.output is None:
         raise RecipeError("the recipe names no output", hint="add `output:` to it, or give --output OUT")
     if errors := [f for f in job.findings if f.severity == "error"]:
-        raise DataError(f"the planned output would not be served right: {errors[0].code}: {errors[0].subject}: {errors[0].actual}")
+        raise DataError(f"the planned output would not be served right:\n{_listed(errors)}", hint=errors[0].hint or None)
     output = Path(job.recipe.output)
     samples = load_samples(job.recipe.calibration) if job.plan.calibrated else []
     if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
@@ -119,17 +121,18 @@ def _produce(
                 else:
                     write_shard(journal.model, shard, component, reader, amax, advance)
     _write_files(job, journal, record, table)
-    with console.stage("validate", 1) as advance:
-        source = job.source.root if job.recipe.validation.passthrough else None
-        findings = validate.validate_folder(journal.model, source=source, values=job.recipe.validation.values)
-        advance(1)
+    source = job.source.root if job.recipe.validation.passthrough else None
+    findings = validate.validate_folder(journal.model, source=source, values=job.recipe.validation.values, progress=console)
     if errors := [f for f in findings if f.severity == "error"]:
         raise DataError(
-            "the output failed validation and was not published:\n"
-            + "\n".join(f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.actual}" for f in errors),
+            f"the output failed validation and was not published:\n{_listed(errors)}",
             hint=f"`ckptq validate {journal.model}` shows the findings; please report this with the recipe",
         )
     return tuple(findings)
+
+
+def _listed(findings: Sequence[Finding]) -> str:
+    return "\n".join(f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.actual}" for f in findings)
 
 
 def _activations(
@@ -193,11 +196,21 @@ def _job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, 
         "recipe": _portable_recipe(job.recipe),
         "source": job.source.label or "local folder",
         "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
+        "source_files": _files_digest(job.source.root / job.inventory.main.folder, job.plan.sidecars),
         "samples": digest(samples) if samples else None,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def _files_digest(base: Path, names: Sequence[str]) -> str:
+    """SHA-256 over the files that travel along: tokenizer, processor and chat template decide what calibration sees."""
+    total = hashlib.sha256()
+    for name in names:
+        with (base / name).open("rb") as file:
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def _portable_recipe(recipe: Recipe) -> dict[str, Any]:

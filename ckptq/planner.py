@@ -162,23 +162,26 @@ def _is_other_linear(module: str, scope: Scope) -> bool:
 def _refuse_idle_patterns(recipe: Recipe, scope: Scope, modules: Iterable[str], linears: Mapping[str, int]) -> None:
     named = list(modules)
     lines = [("keep", p) for p in recipe.keep] + [("quantize", p) for rule in recipe.quantize for p in rule.modules]
-    idle = [f"{kind} pattern {p!r} matches no module{_close_module(p, named)}" for kind, p in lines if not _any(p, named, scope)]
+    idle = [
+        f"{kind} pattern {p!r} matches no module{_close_module(p, named, scope)}" for kind, p in lines if not _any(p, named, scope)
+    ]
     idle += [
         f"quantize pattern {p!r} matches no linear of the language model"
         for p in (p for rule in recipe.quantize for p in rule.modules)
         if _any(p, named, scope) and not _any(p, linears, scope)
     ]
     if idle:
-        raise RecipeError("\n".join(idle), hint="`ckptq inspect SRC` lists the modules")
+        raise RecipeError("\n".join(idle), hint="`ckptq inspect SRC` shows the parts of the checkpoint")
 
 
 def _any(pattern: str, modules: Iterable[str], scope: Scope) -> bool:
     return any(matches(pattern, m, scope) for m in modules)
 
 
-def _close_module(pattern: str, modules: Sequence[str]) -> str:
-    prefixes = {".".join(m.split(".")[:n]) for m in modules for n in range(1, m.count(".") + 2)}
-    return close(pattern.strip("*."), prefixes) if close(pattern.strip("*."), prefixes).startswith("; did") else ""
+def _close_module(pattern: str, modules: Sequence[str], scope: Scope) -> str:
+    spelled = {s for m in modules for s in scope.spellings(m)}
+    prefixes = {".".join(s.split(".")[:n]) for s in spelled for n in range(1, s.count(".") + 2)}
+    return close(pattern.strip("*."), prefixes, near_only=True)
 
 
 def _groups(

@@ -37,7 +37,7 @@ def parse_size(value: object) -> int:
     """`"5GB"` -> 5000000000. Raises ValueError for anything that is no positive size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
     unit = match and _UNITS.get(match[2].upper())
-    if not match or not unit or isinstance(value, bool) or (size := int(float(match[1]) * unit)) <= 0:
+    if not match or not unit or (size := int(float(match[1]) * unit)) <= 0:
         raise ValueError(f"expected a size such as 5GB or 512MiB, found {value!r}")
     return size
 
@@ -188,7 +188,7 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), **top: str
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise RecipeError(f"{name}: not YAML{line}: {error.problem}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # forbidden characters, an alias of itself, the 31st of June
-        raise RecipeError(f"{name}: not YAML: {error}") from error
+        raise RecipeError(f"{name}: not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
         found = "an empty file" if data is None else type(data).__name__
         raise RecipeError(f"{name}: expected a mapping of settings, found {found}", hint="`ckptq recipes demo` prints an example")
@@ -250,6 +250,7 @@ def _apply(data: dict[str, Any], override: str, places: dict[KeyPath, str]) -> N
             at[step] = parsed
         elif isinstance(at, dict) and at.get(step) is None:
             at[step] = {}
+            places[path] = f"--set {override}"
         at = at[step]
     for old in [p for p in places if p[: len(path)] == path]:
         del places[old]

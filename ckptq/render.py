@@ -106,10 +106,10 @@ def show_report(console: Console, report: Report) -> None:
         ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items() if name != "import") or "-"),
         ("peak memory", size(report.peak_rss) + (f", {size(report.peak_gpu)} on the GPU" if report.peak_gpu else "")),
         ("verdict", _verdict(report.findings)),
-        ("serve it", _serve(report.output)),
         ("note", "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"),
     ]
     console.table("Done", ("", ""), rows)
+    console.show(f"serve it: {_serve(report.output)}")  # a line of its own: a table would fold a long path
     _show_findings(console, report.findings)
 
 

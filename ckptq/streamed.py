@@ -85,7 +85,7 @@ class StreamedModel:
             self._reader.read_into(source, 0, view[at : at + source.spec.nbytes])
             at += _slot(source.spec)
         if slot is not host:
-            stream = torch.cuda.Stream(self.device)
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 slot.copy_(host, non_blocking=True)
             stream.synchronize()

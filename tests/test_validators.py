@@ -269,7 +269,7 @@ NUMBERS = {"dynamic": False, "num_bits": 8, "type": "float"}
 EXCLUDED = ("lm_head", "model.embed_tokens")
 
 Mutation = Callable[[Path], None]
-# name: (mutation, code, severity). "silent" in a name: real vLLM 0.32.0 loads it without an error.
+# name: (mutation, code, severity). "silent" in a name: by vLLM 0.32.0's code it loads without an error; not each was tried.
 MUTANTS: dict[str, tuple[Mutation, str, str]] = {
     # what is built quantized, and what is not
     "silent: visual not excluded": (exclude(*EXCLUDED), "layout.not-excluded", "error"),
@@ -504,8 +504,8 @@ def test_each_mutant_is_found(copy: Path, mutation: Mutation, code: str, severit
     findings = validate_folder(copy, source=EXAMPLE)
     assert (code, severity) in {(f.code, f.severity) for f in findings}, findings
     assert all(f.subject and f.expected and f.actual and f.hint for f in findings)
-    if severity == "warning" and not code.startswith("layout.unknown"):
-        assert {f.severity for f in findings if not f.code.startswith("passthrough.")} == {"warning"}
+    if severity == "warning":  # no error beside it, unless the comparison with the source sees the mutation itself
+        assert not [f for f in findings if f.severity == "error" and not f.code.startswith("passthrough.")]
 
 
 def test_there_are_enough_mutants() -> None:
@@ -677,6 +677,18 @@ def test_codes_one_step_off_are_beyond_the_bound(tmp_path: Path) -> None:
     (finding,) = one_weight(tmp_path, weight, one_step_up)
     assert finding.code == "passthrough.weight-error"
     assert int(finding.actual.split()[0]) > 0.7 * 64 * 64
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_source_that_is_not_finite_is_beyond_the_bound(tmp_path: Path, value: float) -> None:
+    weight = torch.ones(8, 8).bfloat16()
+    assert one_weight(tmp_path, weight, lambda w, s: w.float() / s) == []
+    weight[3, 5] = value
+    save_file({"x.weight": weight}, tmp_path / "before" / WEIGHTS)
+    from ckptq.validators import passthrough
+
+    (finding,) = passthrough.check(read_inventory(tmp_path / "after"), read_inventory(tmp_path / "before"))
+    assert finding.actual.startswith("1 of 64 weights are not, first [3, 5]")
 
 
 # --- the real server's answers ---

@@ -29,9 +29,13 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """A part other than the language model (vision, audio). `{i}` in a name stands for a block's number."""
+    """A part other than the language model (vision, audio). `{i}` in a name stands for a block's number.
+
+    `depth` is where config.json has the number of blocks: `section.key`.
+    """
 
     prefix: str
+    depth: str
     linears: tuple[Fused, ...]
 
 
@@ -48,6 +52,8 @@ class Scope:
     linears        the quantizable linears of a decoder layer
     kv             (module whose output becomes K, module whose output becomes V), relative to the layer
     towers         parts that stay
+    parameters     every tensor that the server reads, without scales: canonical name -> its dimensions, in the words of
+                   validators/vllm_rules.py; `{i}` stands for the number of a layer or block
     kept           canonical names of further linear or embedding modules outside the layers, which stay
     server_prefix  (checkpoint prefix, server prefix), the server's own mapping in its order
     server_layers  the server's prefix of the decoder layers
@@ -64,6 +70,7 @@ class Scope:
     linears: tuple[Fused, ...]
     kv: tuple[str, str]
     towers: tuple[Tower, ...]
+    parameters: Mapping[str, str]
     kept: tuple[str, ...]
     server_prefix: tuple[tuple[str, str], ...]
     server_layers: str

@@ -4,7 +4,46 @@ The hub's files say `model.*` and `visual.*`; files written since transformers 4
 `model.language_model.*` and `model.visual.*`.
 """
 
+from types import MappingProxyType
+
 from ckptq.scopes import Fused, Scope, Tower
+
+# vLLM 0.32.0 models/qwen2.py (Qwen2Attention, Qwen2MLP, Qwen2DecoderLayer), models/qwen2_5_vl.py (Qwen2_5_Vision*).
+PARAMETERS = {
+    "model.embed_tokens.weight": "vocab hidden",
+    "model.norm.weight": "hidden",
+    "lm_head.weight": "vocab hidden",
+    "model.layers.{i}.input_layernorm.weight": "hidden",
+    "model.layers.{i}.post_attention_layernorm.weight": "hidden",
+    "model.layers.{i}.self_attn.q_proj.weight": "q hidden",
+    "model.layers.{i}.self_attn.k_proj.weight": "kv hidden",
+    "model.layers.{i}.self_attn.v_proj.weight": "kv hidden",
+    "model.layers.{i}.self_attn.q_proj.bias": "q",
+    "model.layers.{i}.self_attn.k_proj.bias": "kv",
+    "model.layers.{i}.self_attn.v_proj.bias": "kv",
+    "model.layers.{i}.self_attn.o_proj.weight": "hidden q",
+    "model.layers.{i}.mlp.gate_proj.weight": "intermediate hidden",
+    "model.layers.{i}.mlp.up_proj.weight": "intermediate hidden",
+    "model.layers.{i}.mlp.down_proj.weight": "hidden intermediate",
+    "visual.patch_embed.proj.weight": "vision channels frames patch patch",
+    "visual.blocks.{i}.norm1.weight": "vision",
+    "visual.blocks.{i}.norm2.weight": "vision",
+    "visual.blocks.{i}.attn.qkv.weight": "vision_qkv vision",
+    "visual.blocks.{i}.attn.qkv.bias": "vision_qkv",
+    "visual.blocks.{i}.attn.proj.weight": "vision vision",
+    "visual.blocks.{i}.attn.proj.bias": "vision",
+    "visual.blocks.{i}.mlp.gate_proj.weight": "vision_mlp vision",
+    "visual.blocks.{i}.mlp.gate_proj.bias": "vision_mlp",
+    "visual.blocks.{i}.mlp.up_proj.weight": "vision_mlp vision",
+    "visual.blocks.{i}.mlp.up_proj.bias": "vision_mlp",
+    "visual.blocks.{i}.mlp.down_proj.weight": "vision vision_mlp",
+    "visual.blocks.{i}.mlp.down_proj.bias": "vision",
+    "visual.merger.ln_q.weight": "vision",
+    "visual.merger.mlp.0.weight": "merged merged",
+    "visual.merger.mlp.0.bias": "merged",
+    "visual.merger.mlp.2.weight": "vision_out merged",
+    "visual.merger.mlp.2.bias": "vision_out",
+}
 
 SCOPE = Scope(
     name="qwen2_5_vl",
@@ -26,6 +65,7 @@ SCOPE = Scope(
     towers=(
         Tower(
             "visual",
+            "vision_config.depth",
             (
                 Fused("blocks.{i}.attn.qkv", ("blocks.{i}.attn.qkv",)),
                 Fused("blocks.{i}.attn.proj", ("blocks.{i}.attn.proj",)),
@@ -36,6 +76,7 @@ SCOPE = Scope(
             ),
         ),
     ),
+    parameters=MappingProxyType(PARAMETERS),
     kept=("lm_head", "model.embed_tokens"),
     server_prefix=(
         ("model.language_model.", "language_model.model."),

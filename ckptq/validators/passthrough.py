@@ -13,7 +13,9 @@ passthrough.sidecar          a file that came along, changed
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +53,17 @@ def check(output: Inventory, source: Inventory, advance: Callable[[int], None] =
     yield from _config_findings(output, source)
     yield from _sidecar_findings(output, source)
     with Reader(output.root, ours) as reader, Reader(source.root, theirs) as original:
-        for name, tensor in sorted(ours.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            if name in theirs.tensors:
-                yield from _tensor_findings(tensor, theirs.tensors[name], output, reader, original)
-            advance(tensor.spec.nbytes)
+        advance(sum(t.spec.nbytes for name, t in ours.tensors.items() if name not in theirs.tensors))
+        shared = sorted((t for name, t in ours.tensors.items() if name in theirs.tensors), key=lambda t: (t.file, t.offset))
+
+        def compare(tensor: SourceTensor) -> tuple[SourceTensor, list[Finding]]:
+            return tensor, list(_tensor_findings(tensor, theirs.tensors[tensor.spec.name], output, reader, original))
+
+        # numpy lets go of the interpreter's lock in every array operation, so threads share the work.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for tensor, findings in pool.map(compare, shared):
+                yield from findings
+                advance(tensor.spec.nbytes)
 
 
 def _tensor_findings(
@@ -109,10 +118,13 @@ def _weight_findings(
         np.multiply(w, np.float32(RELATIVE), out=most)
         np.maximum(most, np.float32(ABSOLUTE * scale), out=most)
         wrong = ~(off <= most)  # a NaN is wrong too
+        if not math.isfinite(w.max()):
+            wrong |= ~np.isfinite(w)
         count = int(np.count_nonzero(wrong))
         if count:
             first = first if beyond else start + int(wrong.argmax())
-            worst = max(worst, float((off[wrong] / most[wrong]).max()))
+            with np.errstate(invalid="ignore"):  # infinity by infinity
+                worst = max(worst, float((off[wrong] / most[wrong]).max()))
             beyond += count
     if beyond:
         at = np.unravel_index(first, tensor.spec.shape) if tensor.spec.shape else ()

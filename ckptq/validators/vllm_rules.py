@@ -10,10 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import MappingProxyType
 from typing import Any, Literal
 
-from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
 
 Treatment = Literal["quantized", "kept", "refused"]
@@ -38,65 +36,17 @@ class Parameter:
     required: bool = True
 
 
-# What the server reads besides scales: canonical name -> dimensions, by scope. `{i}` runs over decoder layers or tower blocks.
-# Sources: models/qwen2.py (Qwen2Attention, Qwen2MLP, Qwen2DecoderLayer), models/qwen2_5_vl.py (Qwen2_5_Vision*).
-_PARAMETERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "qwen2_5_vl": {
-            "model.embed_tokens.weight": "vocab hidden",
-            "model.norm.weight": "hidden",
-            "lm_head.weight": "vocab hidden",
-            "model.layers.{i}.input_layernorm.weight": "hidden",
-            "model.layers.{i}.post_attention_layernorm.weight": "hidden",
-            "model.layers.{i}.self_attn.q_proj.weight": "q hidden",
-            "model.layers.{i}.self_attn.k_proj.weight": "kv hidden",
-            "model.layers.{i}.self_attn.v_proj.weight": "kv hidden",
-            "model.layers.{i}.self_attn.q_proj.bias": "q",
-            "model.layers.{i}.self_attn.k_proj.bias": "kv",
-            "model.layers.{i}.self_attn.v_proj.bias": "kv",
-            "model.layers.{i}.self_attn.o_proj.weight": "hidden q",
-            "model.layers.{i}.mlp.gate_proj.weight": "intermediate hidden",
-            "model.layers.{i}.mlp.up_proj.weight": "intermediate hidden",
-            "model.layers.{i}.mlp.down_proj.weight": "hidden intermediate",
-            "visual.patch_embed.proj.weight": "vision channels frames patch patch",
-            "visual.blocks.{i}.norm1.weight": "vision",
-            "visual.blocks.{i}.norm2.weight": "vision",
-            "visual.blocks.{i}.attn.qkv.weight": "vision_qkv vision",
-            "visual.blocks.{i}.attn.qkv.bias": "vision_qkv",
-            "visual.blocks.{i}.attn.proj.weight": "vision vision",
-            "visual.blocks.{i}.attn.proj.bias": "vision",
-            "visual.blocks.{i}.mlp.gate_proj.weight": "vision_mlp vision",
-            "visual.blocks.{i}.mlp.gate_proj.bias": "vision_mlp",
-            "visual.blocks.{i}.mlp.up_proj.weight": "vision_mlp vision",
-            "visual.blocks.{i}.mlp.up_proj.bias": "vision_mlp",
-            "visual.blocks.{i}.mlp.down_proj.weight": "vision vision_mlp",
-            "visual.blocks.{i}.mlp.down_proj.bias": "vision",
-            "visual.merger.ln_q.weight": "vision",
-            "visual.merger.mlp.0.weight": "merged merged",
-            "visual.merger.mlp.0.bias": "merged",
-            "visual.merger.mlp.2.weight": "vision_out merged",
-            "visual.merger.mlp.2.bias": "vision_out",
-        }
-    }
-)
-
-
 def parameters(scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -> tuple[Parameter, ...]:
     """Every tensor but scales that the server reads for this config.json, in the spelling that `stored` uses.
 
-    Raises UnsupportedError for a scope whose tensors are not listed here, SourceError for a config without its layer count.
+    Raises SourceError for a config without its layer count.
     """
-    table = _PARAMETERS.get(scope.name)
-    if table is None:
-        raise UnsupportedError(
-            f"scope {scope.name}: the server's tensors are not listed", hint="add them to validators/vllm_rules.py"
-        )
     names = list(stored)
     spell = speller(scope, names)
     sizes = _sizes(scope, config)
     tied = is_tied(scope, config)
     found = []
-    for name, dims in table.items():
+    for name, dims in scope.parameters.items():
         shape = tuple(sizes.get(d) for d in dims.split())
         required = not (tied and name == "lm_head.weight")
         found += [Parameter(spell(name.replace("{i}", str(i))), shape, required) for i in _numbers(name, scope, config, names)]
@@ -127,7 +77,10 @@ def _numbers(name: str, scope: Scope, config: Mapping[str, Any], stored: Iterabl
         return range(1)
     if name.startswith(scope.layers + "."):
         return range(scope.layer_count(config))
-    depth = _vision(config).get("depth")  # blocks of the tower: models/qwen2_5_vl.py Qwen2_5_VisionTransformer
+    tower = next(t for t in scope.towers if name.startswith(t.prefix + "."))
+    section, _, key = tower.depth.partition(".")
+    found = config.get(section)
+    depth = found.get(key) if isinstance(found, Mapping) else None
     if isinstance(depth, int):
         return range(depth)
     blocks = re.compile(re.escape(name[: name.index("{i}")]) + r"(\d+)\.")
