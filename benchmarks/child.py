@@ -31,18 +31,16 @@ def main() -> None:
         warnings.simplefilter("ignore")
         import torch
 
-        import ckptq.calibrate
-        import ckptq.convert  # noqa: F401
+        from ckptq.cost import peak_rss
     torch.set_num_threads(job["threads"])
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    baseline = peak_rss()
     shutil.rmtree(job["output"], ignore_errors=True)
     wall, cpu = time.perf_counter(), _cpu()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         stages = RUNS[kind](job)
     wall, cpu = time.perf_counter() - wall, _cpu() - cpu
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    result = {"wall": wall, "cpu": cpu, "rss": usage.ru_maxrss * 1024, "baseline": baseline, "stages": stages}
+    result = {"wall": wall, "cpu": cpu, "rss": peak_rss(), "baseline": baseline, "stages": stages}
     print(json.dumps(result))
 
 

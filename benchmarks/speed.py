@@ -73,7 +73,8 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, An
 def report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
     """The table."""
     print(
-        f"{args.layers} layers, {args.samples} samples of at most {args.length} tokens, {args.threads} threads, {args.rounds} rounds"
+        f"{args.layers} layers, {args.samples} samples of at most {args.length} tokens, {args.threads} threads, "
+        f"{args.rounds} rounds"
     )
     print(f"{'':10}{'wall min':>10}{'median':>10}{'CPU min':>10}{'median':>10}{'peak RSS':>12}{'less imports':>14}")
     for kind, results in runs.items():
@@ -84,9 +85,10 @@ def report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> N
             f"{rss:9.0f} MB{own:11.0f} MB"
         )
     for peer in ("modelopt", "floor"):
-        print(
-            f"ckptq / {peer}: wall {ratio(runs, peer, 'wall'):.2f}, CPU {ratio(runs, peer, 'cpu'):.2f}, peak RSS {ratio(runs, peer, 'rss'):.2f}"
+        ratios = ", ".join(
+            f"{name} {ratio(runs, peer, key):.2f}" for name, key in (("wall", "wall"), ("CPU", "cpu"), ("peak RSS", "rss"))
         )
+        print(f"ckptq / {peer}: {ratios}")
 
 
 def ratio(runs: dict[str, list[dict[str, Any]]], peer: str, key: str) -> float:

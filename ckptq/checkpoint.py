@@ -199,7 +199,7 @@ def _read_component(root: Path, folder: str, header: Callable[[Path], Header]) -
 def read_config(base: Path) -> tuple[str, dict[str, Any]]:
     """config.json as text and parsed."""
     try:
-        text = (base / "config.json").read_text(encoding="utf-8")
+        text = (base / "config.json").read_bytes().decode()  # line ends as they are
         config = json.loads(text)
     except FileNotFoundError:
         raise SourceError(f"{base}: has no config.json, so it is no Hugging Face checkpoint") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -258,7 +257,7 @@ def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console:
         source_bytes=job.inventory.main.nbytes,
         output_bytes=job.plan.nbytes,
         seconds=dict(console.seconds),
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=cost.peak_rss(),
         peak_gpu=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         tensors=dict(sorted(kinds.items())),
         findings=findings,

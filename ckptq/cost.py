@@ -104,6 +104,12 @@ def available_memory() -> int:
     return free
 
 
+def peak_rss() -> int:
+    """The most memory this process had resident, in bytes. getrusage would tell a fat parent's peak, kept across fork and exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def check_space(output: Path, nbytes: int) -> None:
     """Raises OutputError where the disk under `output` has less room than the plan writes."""
     existing = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())

@@ -16,8 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ckptq.errors import RecipeError
-from ckptq.mistakes import KeyPath, Sections, describe, dotted
-from ckptq.mistakes import close as close
+from ckptq.mistakes import KeyPath, Sections, close, describe, dotted
 
 _UNITS = {
     "": 1,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint import Component, Inventory
-from ckptq.console import Console, duration, size
+from ckptq.console import Console, duration, number_runs, size
 from ckptq.convert import Prepared, Report
 from ckptq.cost import RATES
 from ckptq.errors import CkptqError, UnsupportedError
@@ -77,18 +77,7 @@ def grouped(decisions: Sequence[Decision]) -> list[tuple[str, str, str, int]]:
         why = pattern if kind == "keep" or d.action != "keep" else d.reason
         key = (re.sub(r"\.\d+(?=\.|$)", ".{}", d.module, count=1), d.action, why)
         numbers.setdefault(key, []).append(int((re.search(r"\.(\d+)(?=\.|$)", d.module) or [0, -1])[1]))
-    return [(name.replace("{}", _span(found)), action, why, len(found)) for (name, action, why), found in numbers.items()]
-
-
-def _span(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and runs[-1][-1] == n - 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
-    return text if len(numbers) == 1 else f"{{{text}}}"
+    return [(name.replace("{}", number_runs(found)), action, why, len(found)) for (name, action, why), found in numbers.items()]
 
 
 def report_data(report: Report) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint import STAGING, Inventory, read_inventory
-from ckptq.console import Console
+from ckptq.console import Console, number_runs
 from ckptq.errors import SourceError
 from ckptq.plan import Plan
 from ckptq.scopes import Scope, find_scope
@@ -144,7 +144,7 @@ def _template(subject: str) -> tuple[str, int]:
 def _join_layers(template: str, places: Sequence[tuple[int, Finding]]) -> Finding:
     if len(places) == 1:
         return places[0][1]
-    return _join([f for _, f in places], template.replace("#", _ranges(sorted({number for number, _ in places}))))
+    return _join([f for _, f in places], template.replace("#", number_runs(number for number, _ in places)))
 
 
 def _join(same: Sequence[Finding], subject: str) -> Finding:
@@ -153,18 +153,6 @@ def _join(same: Sequence[Finding], subject: str) -> Finding:
     return dataclasses.replace(
         same[0], subject=subject, actual=same[0].actual + (_FIRST if differ else ""), count=sum(f.count for f in same)
     )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> `{0..2,5}`; one number stands alone."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and runs[-1][1] == n - 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    text = ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
-    return text if len(numbers) == 1 else f"{{{text}}}"
 
 
 def _join_names(same: Sequence[Finding]) -> Finding:

@@ -81,9 +81,9 @@ class TensorFile:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole file or none of it, on the disk when this returns."""
+    """The whole file or none of it, on the disk when this returns. Line ends are written as they are."""
     partial = path.with_name(path.name + PARTIAL)
-    with writing(path), partial.open("w", encoding="utf-8") as file:
+    with writing(path), partial.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

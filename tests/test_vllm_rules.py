@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -16,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptq.checkpoint import read_inventory
-from ckptq.errors import UnsupportedError
 from ckptq.scopes import find_scope
 from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.validators.vllm_rules import (

@@ -32,8 +32,8 @@ os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
 os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import numpy as np  # noqa: TID253 - runs only as a script, in the server's environment
-import torch  # noqa: TID253 - as above
+import numpy as np
+import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
 
@@ -71,7 +71,7 @@ class Judge:
             model=str(model),
             enforce_eager=True,
             max_model_len=1024,
-            max_num_seqs=16,
+            max_num_seqs=64,
             max_logprobs=1,
             enable_prefix_caching=False,
             limit_mm_per_prompt={"image": 1, "video": 0},
@@ -81,7 +81,6 @@ class Judge:
         stored = model / "chat_template.json"
         self.template = json.loads(stored.read_text())["chat_template"] if stored.exists() else None
         self.tap = LogitsTap()
-        self.llm.apply_model(self.tap.attach)
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -95,7 +94,6 @@ class Judge:
 
     def greedy(self, requests: list[Any], tokens: int) -> list[str]:
         outputs = self.llm.generate(requests, SamplingParams(temperature=0.0, max_tokens=tokens), use_tqdm=False)
-        self.tap.clear()
         return [output.outputs[0].text for output in outputs]
 
     def forced(self, request: Any, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,9 +102,7 @@ class Judge:
         Raises RuntimeError where the logits that were tapped aren't those the server scored its prompt with.
         """
         self.tap.clear()
-        [output] = self.llm.generate(
-            [request], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), use_tqdm=False
-        )
+        [output] = self.llm.generate([request], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         tokens = output.prompt_token_ids
         found = [call for call in self.tap.calls if call.shape[0] == len(tokens) - 1]
         if len(found) != 1:
@@ -114,7 +110,9 @@ class Judge:
         scored = torch.log_softmax(found[0][-last:], dim=-1)
         wanted = torch.tensor(tokens[-last:])
         ours = scored.gather(1, wanted[:, None])[:, 0]
-        server = torch.tensor([entry[token].logprob for entry, token in zip(output.prompt_logprobs[-last:], tokens[-last:], strict=True)])
+        server = torch.tensor(
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[-last:], tokens[-last:], strict=True)]
+        )
         if not torch.allclose(ours, server, atol=1e-4):
             raise RuntimeError(f"tapped logits differ from the server's own scores by {(ours - server).abs().max().item()}")
         return scored.numpy(), wanted.numpy()
@@ -159,6 +157,7 @@ def measure(judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
         "text_continuation": judge.greedy(starts, CONTINUATION),
         **{key: [] for key in ("caption_nll", "caption_tokens", "text_nll", "text_tokens", "caption_kl", "text_kl")},
     }
+    judge.llm.apply_model(judge.tap.attach)  # after the generations, which so run in a server that nothing has touched
     reference = np.load(options.reference, mmap_mode="r") if options.reference else None
     kept: list[np.ndarray] = []
     at = 0
@@ -186,7 +185,8 @@ def divergence(reference: np.ndarray, scored: np.ndarray) -> float:
 def patch_requantize() -> None:
     """Gives vLLM's requantize_with_max_scale, and nothing else, a reference for the operator its CPU build lacks.
 
-    The arithmetic is that of vLLM 0.32.0 csrc/quantization/w8a8/fp8/common.cu: float32 product with the scale's reciprocal.
+    The arithmetic is that of csrc/quantization/w8a8/fp8/common.cuh scaled_fp8_conversion: float32 product with the scale's
+    reciprocal, clamped.
     """
     from vllm.model_executor.layers.quantization.utils import w8a8_utils
 

@@ -27,6 +27,6 @@ class DefineOperators:
                 library.define(schema)
 
 
-sys.meta_path.insert(0, DefineOperators())  # type: ignore[arg-type]
+sys.meta_path.insert(0, DefineOperators())
 for missing in ("torchaudio", "torchcodec"):
     sys.modules[missing] = None  # type: ignore[assignment]
