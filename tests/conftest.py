@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from peers.pair import IMAGES, TEXT, Pair, make_pair
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -25,3 +26,15 @@ def scenes() -> Path:
 def copy_model(example_model: Path) -> Callable[[Path], Path]:
     """copy_model(tmp_path) -> a copy of the example model under it, free to change."""
     return lambda folder: shutil.copytree(example_model, folder / "model")
+
+
+@pytest.fixture(scope="session")
+def image_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """ckptq's and ModelOpt's outputs for the same scenes with captions."""
+    return make_pair(IMAGES, tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def text_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The same for text."""
+    return make_pair(TEXT, tmp_path_factory.mktemp("text"))

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peers.pair import IMAGES, TEXT, Pair, make_pair
+from peers.pair import Pair
 from peers.served import read, served
 
 from ckptq.scopes.qwen2_5_vl import SCOPE
 
 LAYERS = 6
 ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
-
-
-@pytest.fixture(scope="session")
-def image_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(IMAGES, tmp_path_factory.mktemp("image"))
-
-
-@pytest.fixture(scope="session")
-def text_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(TEXT, tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(params=["image_pair", "text_pair"])

@@ -1,6 +1,6 @@
 """The real vLLM serves ckptq's output with no patch, and as well as ModelOpt's own export calibrated on the same samples.
 
-One run of the server each for the BF16 source, ours and ModelOpt's, one after the other. The figures are printed (`pytest -s`).
+One run of the server each for the BF16 source, ours and ModelOpt's, one after the other. The figures are printed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers.pair import IMAGES, ROOT, SOURCE, Pair, make_pair
+from peers.pair import ROOT, SOURCE, Pair
 from peers.served import read, served
 
 from ckptq.scopes.qwen2_5_vl import SCOPE
@@ -75,12 +75,7 @@ def evaluate(model: Path, work: Path, *options: str | Path) -> Verdict:
 
 
 @pytest.fixture(scope="session")
-def image_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(IMAGES, tmp_path_factory.mktemp("image"))
-
-
-@pytest.fixture(scope="session")
-def trial(image_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def trial(image_pair: Pair, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trial:
     work = tmp_path_factory.mktemp("server")
     reference = work / "log_probabilities.npy"
     source = evaluate(SOURCE, work / "source", "--log-probabilities", reference)
@@ -90,7 +85,8 @@ def trial(image_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     finally:
         reference.unlink()  # 180 MB, which pytest would keep
     found = Trial(source, ours, modelopt)
-    print("\n" + table(found))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n" + table(found))
     return found
 
 
