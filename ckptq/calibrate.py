@@ -4,8 +4,7 @@ Each sample runs the model's own forward in a greenlet of its own. A hook before
 driver here, which gives the layer its weights, lets every sample run through it, takes the layer's amaxes, frees it and goes
 on. What happens between layers happens as in any forward, so nothing is traced and nothing depends on the architecture.
 
-One sample a forward: padding would change the amaxes, and so the result depends on neither batching nor order. The magnitudes
-are measured by ModelOpt's own quantizers in its calibration mode, which changes no value.
+One sample a forward: padding would change the amaxes, and so the result depends on neither batching nor order.
 """
 
 from __future__ import annotations
@@ -21,14 +20,11 @@ from greenlet import getcurrent, greenlet
 from ckptq.console import Console
 from ckptq.errors import DataError
 from ckptq.journal import Progress, ProgressFile
+from ckptq.observe import Seen, observing
 from ckptq.plan import Observer
-from ckptq.streamed import StreamedModel, quiet
-
-with quiet():
-    import modelopt.torch.quantization as mtq
+from ckptq.streamed import StreamedModel
 
 Inputs = dict[str, torch.Tensor]
-E4M3 = (4, 3)
 
 
 def calibrate(
@@ -49,16 +45,14 @@ def calibrate(
 
     Raises DataError for NaN or infinite activations and for an observer that no sample reached.
     """
-    quantizers = _insert_quantizers(streamed, observers)
     state = saved.load() or Progress()
     amax = dict(state.amax)
     by_name = {o.name: o for o in observers}
-    while state.first < len(names):
-        wave = _Wave(streamed, state, names, encode, memory)
-        with torch.inference_mode():
-            count = wave.run(quantizers, amax, saved, console)
-        state = Progress(first=state.first + count, amax=dict(amax))
-        saved.save(state)
+    with torch.inference_mode(), observing(streamed, observers) as seen:
+        while state.first < len(names):
+            count = _Wave(streamed, state, names, encode, memory).run(seen, amax, saved, console)
+            state = Progress(first=state.first + count, amax=dict(amax))
+            saved.save(state)
     streamed.release()
     if unreached := [name for name in by_name if name not in amax]:
         raise DataError(
@@ -66,30 +60,6 @@ def calibrate(
             hint="add samples that use it, or keep the module in the recipe",
         )
     return {by_name[name]: value for name, value in amax.items()}
-
-
-def _insert_quantizers(streamed: StreamedModel, observers: Sequence[Observer]) -> list[dict[str, Any]]:
-    """ModelOpt's quantizers where observers are, one dict {observer name: quantizer} per layer, ready to collect."""
-    with quiet():
-        wanted = {o: streamed.quantizer_name(o) for o in observers}
-        cfg = {"num_bits": E4M3, "axis": None}
-        rules = [{"quantizer_name": "*", "enable": False}]
-        rules += [{"quantizer_name": pattern, "cfg": cfg} for pattern in dict.fromkeys(_any_layer(n) for n in wanted.values())]
-        mtq.quantize(streamed.model, {"quant_cfg": rules, "algorithm": None})
-    found: list[dict[str, Any]] = [{} for _ in streamed.layers]
-    for observer, name in wanted.items():
-        quantizer = streamed.model.get_submodule(name)
-        quantizer.disable_quant()
-        quantizer.enable_calib()
-        found[observer.layer][observer.name] = quantizer
-    return found
-
-
-def _any_layer(name: str) -> str:
-    """`model.language_model.layers.3.mlp.x` -> `model.language_model.layers.*.mlp.x`: few patterns instead of hundreds."""
-    parts = name.split(".")
-    number = next(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join([*parts[:number], "*", *parts[number + 1 :]])
 
 
 class _Wave:
@@ -109,7 +79,7 @@ class _Wave:
         self._restored: dict[greenlet, torch.Tensor] = {}
         self._waiting_bytes = 0
 
-    def run(self, quantizers: Sequence[dict[str, Any]], amax: dict[str, float], saved: ProgressFile, console: Console) -> int:
+    def run(self, seen: Seen, amax: dict[str, float], saved: ProgressFile, console: Console) -> int:
         """Runs the wave to the last layer, raising `amax` in place; the number of samples it took."""
         layers = self._streamed.layers
         hooks = [layer.register_forward_pre_hook(self._park, with_kwargs=True) for layer in layers]
@@ -121,8 +91,11 @@ class _Wave:
                 self._skip(finished)
             with console.stage("calibrate", len(layers) - self._state.layer, "layers") as advance:
                 for index in self._each_layer():
-                    self._run_layer(index)
-                    _collect(quantizers[index], amax)
+                    for number, sample in enumerate(self._samples):
+                        seen.sample = self._state.first + number
+                        sample.switch()
+                    for observer, value in seen.take(self._names).items():
+                        amax[observer.name] = max(amax.get(observer.name, 0.0), value)
                     if index + 1 < len(layers) and saved.due():
                         hidden = [self._hidden[sample] for sample in self._samples]
                         saved.save(Progress(self._state.first, index + 1, amax=dict(amax), hidden=hidden))
@@ -173,17 +146,6 @@ class _Wave:
                 with streamed.use_layer(index, slot):
                     yield index
 
-    def _run_layer(self, index: int) -> None:
-        for number, sample in enumerate(self._samples):
-            try:
-                sample.switch()
-            except AssertionError as error:  # ModelOpt's MaxCalibrator, on NaN or infinite input
-                name = self._names[self._state.first + number]
-                raise DataError(
-                    f"layer {index}: NaN or infinite activations with sample {name} ({error})",
-                    hint="leave the sample out, or check the checkpoint: the weights themselves are finite",
-                ) from error
-
     def _park(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before every decoder layer: wait for the driver. Returns new arguments only where a saved state is put back."""
         sample = getcurrent()
@@ -219,17 +181,6 @@ def _bypassed(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _collect(quantizers: dict[str, Any], amax: dict[str, float]) -> None:
-    """Raises `amax` by what a layer's quantizers have seen, and empties them."""
-    for name, quantizer in quantizers.items():
-        try:
-            quantizer.load_calib_amax()
-        except RuntimeError:  # ModelOpt's way to say that nothing came by
-            continue
-        amax[name] = max(amax.get(name, 0.0), float(quantizer.amax))
-        quantizer.reset_amax()
 
 
 def _waiting_bytes(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -28,7 +28,7 @@ from ckptq.writer import copy_file, sync_folder, write_text
 LAST = (RECORD, INDEX, "hf_quant_config.json", "config.json")
 """Published after everything else, in this order: config.json is what makes a folder a checkpoint."""
 
-PACKAGES = ("torch", "transformers", "tokenizers", "nvidia-modelopt", "safetensors", "pillow", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _activations(
     known = journal.load("activations")
     if known is not None:
         return known
-    with console.stage("import", 1) as advance:  # ten seconds of other people's modules: shown, so that nobody wonders
+    with console.stage("import", 1) as advance:  # seconds of other people's modules: shown, so that nobody wonders
         import torch
 
         from ckptq.calibrate import calibrate

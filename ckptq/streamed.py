@@ -17,7 +17,7 @@ import torch
 
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
 from ckptq.errors import SourceError, UnsupportedError
-from ckptq.plan import Observer, module_of
+from ckptq.plan import module_of
 from ckptq.scopes import Scope
 from ckptq.tensors import blank, raw, typed
 
@@ -35,6 +35,7 @@ class StreamedModel:
         self._reader = reader
         self._scope = scope
         self.model = _build(root / component.folder, scope)
+        self._modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
         self._memory_name = _memory_names(self.model, component)
         self._layers_name = self._find_layers(component)
         self.layers: list[torch.nn.Module] = list(self.model.get_submodule(self._layers_name))
@@ -45,19 +46,13 @@ class StreamedModel:
         self.resident_bytes = sum(t.spec.nbytes for t in self._resident_sources.values())
         self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def module_name(self, source_module: str) -> str:
-        """The name in memory of a module that has a weight in the source."""
-        return module_of(self._memory_name[f"{source_module}.weight"])
+    def module(self, source_module: str) -> torch.nn.Module:
+        """The module in memory that has the weight of a module of the source."""
+        return self._modules[module_of(self._memory_name[f"{source_module}.weight"])]
 
-    def quantizer_name(self, observer: Observer) -> str:
-        """Where ModelOpt 0.47.0 puts the quantizer that sees what the observer names.
-
-        Inputs: `<linear>.input_quantizer`. K and V: in the attention module around k_proj and v_proj, after RoPE.
-        """
-        module = self.module_name(observer.module)
-        if observer.kind == "input":
-            return f"{module}.input_quantizer"
-        return f"{module.rpartition('.')[0]}.{observer.kind}_bmm_quantizer"
+    def around(self, source_module: str) -> torch.nn.Module:
+        """The module that this one is a direct part of: the attention around k_proj."""
+        return self._modules[module_of(module_of(self._memory_name[f"{source_module}.weight"]))]
 
     def load_resident(self) -> None:
         """Gives real weights to everything but decoder layers and output head, and computes buffers that no file holds."""
@@ -214,7 +209,7 @@ def _set(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the chatter of transformers and ModelOpt off stdout and out of the warnings."""
+    """Keeps the chatter of transformers off stdout and out of the warnings."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

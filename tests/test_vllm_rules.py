@@ -116,7 +116,6 @@ def test_a_tied_head_is_optional_and_a_linear_all_the_same() -> None:
     assert server_linears(SCOPE, config, names)[-1].shards == ("lm_head",)
 
 
-
 def test_idle_patterns_are_those_that_keep_nothing() -> None:
     main = read_inventory(EXAMPLE).main
     linears = server_linears(SCOPE, main.config, main.tensors)

@@ -1,0 +1,95 @@
+"""Notes the largest magnitude of what passes chosen places of a transformers model, and changes no value.
+
+Inputs are seen by hooks on the linears. K and V are seen where the attention module hands them to the attention function, after
+RoPE and before any repetition of KV heads, which is where ModelOpt 0.47.0 has its quantizers (torch/quantization/plugins/
+huggingface.py). Both give ModelOpt's amaxes bit for bit (tests/test_parity.py), without its wrappers around every module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ckptq.errors import DataError, UnsupportedError
+from ckptq.plan import Observer
+from ckptq.streamed import StreamedModel
+
+
+class Seen:
+    """What observers have seen since it was last taken. The driver sets `sample` before it lets one run."""
+
+    def __init__(self) -> None:
+        self.sample = 0
+        self._values: dict[Observer, list[tuple[int, torch.Tensor]]] = {}
+
+    def note(self, observer: Observer, values: torch.Tensor) -> None:
+        """Keeps the largest magnitude of `values` (any shape), on its device: fetching it would make a GPU wait."""
+        low, high = torch.aminmax(values)
+        self._values.setdefault(observer, []).append((self.sample, torch.maximum(-low, high)))
+
+    def take(self, names: Sequence[str]) -> dict[Observer, float]:
+        """{observer: amax} since the last time. Raises DataError naming the sample that brought a NaN or an infinity."""
+        found: dict[Observer, float] = {}
+        for observer, noted in self._values.items():
+            values = torch.stack([value for _, value in noted]).tolist()
+            for (sample, _), value in zip(noted, values, strict=True):
+                if not math.isfinite(value):
+                    raise DataError(
+                        f"{observer.name}: NaN or infinite activations in layer {observer.layer} with sample {names[sample]}",
+                        hint="leave the sample out, or check the checkpoint: the weights themselves are finite",
+                    )
+            found[observer] = max(values)
+        self._values.clear()
+        return found
+
+
+@contextmanager
+def observing(streamed: StreamedModel, observers: Sequence[Observer]) -> Iterator[Seen]:
+    """While in this context, every forward of the model is observed. Raises UnsupportedError where K and V can't be reached."""
+    seen = Seen()
+    hooks = [_watch_input(streamed, o, seen) for o in observers if o.kind == "input"]
+    try:
+        with _watching_attention(streamed, [o for o in observers if o.kind in ("k", "v")], seen):
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _watch_input(streamed: StreamedModel, observer: Observer, seen: Seen) -> Any:
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.note(observer, args[0])
+
+    return streamed.module(observer.module).register_forward_pre_hook(hook)
+
+
+@contextmanager
+def _watching_attention(streamed: StreamedModel, observers: Sequence[Observer], seen: Seen) -> Iterator[None]:
+    """Stands in for the attention function, in the registry where transformers 5.17 attention modules look it up."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    places: dict[tuple[Any, str], Observer] = {(streamed.around(o.module), o.kind): o for o in observers}
+    names: set[str] = {module.config._attn_implementation for module, _ in places}
+    if missing := sorted(name for name in names if name not in ALL_ATTENTION_FUNCTIONS):
+        raise UnsupportedError(f"K and V can't be observed under the attention implementation {missing[0]!r}")
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            for kind, values in (("k", key), ("v", value)):
+                if observer := places.get((module, kind)):
+                    seen.note(observer, values)
+            return function(module, query, key, value, *args, **kwargs)
+
+        return attention
+
+    for name in names:  # an entry of the registry's own, over the library's, which comes back when it is deleted
+        ALL_ATTENTION_FUNCTIONS[name] = watched(ALL_ATTENTION_FUNCTIONS[name])
+    try:
+        yield
+    finally:
+        for name in names:
+            del ALL_ATTENTION_FUNCTIONS[name]
