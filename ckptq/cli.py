@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Waiting OpenMP threads spin by default and slow each other down where cores are few; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _interrupt(arguments))
     try:
         code = app(arguments, prog_name="ckptq", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -172,8 +173,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _terminate(number: int, frame: Any) -> None:
+def _interrupt(arguments: list[str]) -> NoReturn:
+    """The first signal unwinds, which waits for files that are being fetched. A second ends the process at once.
+
+    Nothing is lost by that: what `--resume` needs is complete on the disk at any moment.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _stop_now(arguments))
+    _say("stopping; once more stops at once", None)
     raise KeyboardInterrupt
+
+
+def _stop_now(arguments: list[str]) -> NoReturn:
+    _say("interrupted", _resume_hint(arguments))
+    os._exit(130)
 
 
 def _resume_hint(arguments: list[str]) -> str | None:

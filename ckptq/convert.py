@@ -15,7 +15,7 @@ from ckptq.calibration import Sample, digest, load_samples
 from ckptq.checkpoint import INDEX, Inventory, Reader, fingerprint, read_inventory
 from ckptq.console import Console
 from ckptq.cost import Cost
-from ckptq.errors import DataError, OutputError, RecipeError
+from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError
 from ckptq.exporters import find_exporter
 from ckptq.journal import RECORD, Journal, ProgressFile
 from ckptq.plan import Observer, Plan, Scale
@@ -80,15 +80,18 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     samples = load_samples(job.recipe.calibration) if job.plan.calibrated else []
     if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
         console.warn(f"calibration has {len(samples)} samples, the recipe asks for {job.recipe.calibration.samples}")
-    cost.check_space(output, job.plan.nbytes)
+    journal = Journal(output)
+    cost.check_space(output, job.plan.nbytes - journal.written_bytes())
     device = resolve_device(device)
     waiting = _waiting_budget(job.cost, memory, device)
     record = _job_record(job, samples, device)
-    journal = Journal(output)
     if journal.open(record, resume=resume):
         try:
             findings = () if journal.publishing else _produce(job, samples, journal, record, waiting, console)
             journal.publish(LAST)
+        except (CalibrationError, DataError, SourceError):
+            journal.forget_start()  # the input is at fault: mended, it is another job
+            raise
         finally:
             journal.release()
     else:

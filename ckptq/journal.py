@@ -101,6 +101,20 @@ class Journal:
         """Keeps a finished stage's amaxes. A float32 survives the trip through JSON exactly."""
         write_text(self.staging / f"{stage}.json", json.dumps(dict(table), indent=1) + "\n")
 
+    def written_bytes(self) -> int:
+        """What the finished files of an interrupted run take, here or already published."""
+        folders = (self.model, self.output) if self.staging.is_dir() else ()
+        return sum(p.stat().st_size for folder in folders for p in folder.glob("*.safetensors"))
+
+    def forget_start(self) -> None:
+        """Removes an output in which a resumed run would find nothing that cost time: no calibration state, no finished shard."""
+        costly = ("activations.json", "calibration.safetensors", "publishing")
+        if any((self.staging / name).is_file() for name in costly) or any(self.model.glob("*.safetensors")):
+            return
+        self.close()
+        if not any(self.output.iterdir()):
+            self.output.rmdir()
+
     def publish(self, last: tuple[str, ...]) -> None:
         """Moves the finished files out of staging, `last` at the end in this order, then removes the staging folder.
 
@@ -117,7 +131,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Removes the staging folder of a published output. The order lets `open` tell a kill in here from any other."""
+        """Removes the staging folder, as after publishing. The order lets `open` tell a kill in here from any other."""
         for path in self.staging.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

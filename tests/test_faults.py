@@ -28,6 +28,7 @@ from faults import (
     shared_runs,
     until,
 )
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from ckptq.calibrate import calibrate
@@ -344,14 +345,15 @@ def test_missing_image(ckptq: Ckptq, tmp_path: Path, two_scenes: SimpleNamespace
 
 
 def test_sequence_length_below_an_image(runs: Runs, tmp_path: Path) -> None:
-    """Known when the sample is encoded. With a length that fits, it is another job."""
+    """Known when the sample is encoded. Nothing is left then, so that the command with a length that fits just runs."""
     out = tmp_path / "out"
     ended = runs.convert(out, "--set", "calibration.sequence_length=8")
     assert ended.code == 2
     assert "image tokens end at token " in ended.err
     assert "after calibration.sequence_length = 8" in ended.err
     assert "set calibration.sequence_length to " in ended.err
-    assert_not_whole(out)
+    assert not out.exists()
+    assert runs.convert(out).code == 0
 
 
 def test_observer_that_no_sample_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,6 +540,30 @@ def test_interrupted_again_says_the_same(runs: Runs, tmp_path: Path) -> None:
     ended = runs.start(arguments(out, "--resume"), kill=Kill("scan", "read", 5, signal.SIGINT)).end()
     assert ended.code == 130
     assert ended.err.count("--resume") == 1
+
+
+def test_interrupted_twice_stops_at_once(hub_server: HubServer, tmp_path: Path) -> None:
+    """Ctrl-C while a file is being fetched waits for that file; a second one doesn't."""
+    log = tmp_path / "log"
+    env = {**os.environ, "HF_ENDPOINT": hub_server.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    hub_server.hold(SHARDS[2], after=1 << 20)
+    with log.open("wb") as stderr:
+        argv = [sys.executable, "-m", "ckptq", *arguments(tmp_path / "out", model="org/tiny")]
+        process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=stderr, stderr=stderr)
+        assert hub_server.held.wait(60)
+        process.send_signal(signal.SIGINT)
+        until(lambda: "once more stops at once" in log.read_text(), log)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130, log.read_text()
+    hub_server.release.set()
+    assert "  go on with: ckptq convert " in log.read_text()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def hub_server() -> Iterator[HubServer]:
+    with HubServer("org/tiny", {"main": EXAMPLE}) as server:
+        yield server
 
 
 @pytest.mark.parametrize("stage", ["open", "scan", "encode", "files", "validate", "commit"])
