@@ -26,18 +26,23 @@ app = typer.Typer(
 
 @app.command()
 def convert(
-    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")],
-    model: Annotated[str | None, typer.Option(metavar="SRC", help="Source: a folder, or a Hub id org/name[@revision].")] = None,
-    output: Annotated[str | None, typer.Option(metavar="OUT", help="Folder to write; must not exist.")] = None,
+    recipe: Annotated[str, typer.Option("--recipe", metavar="RECIPE", help="A recipe file, or the name of a shipped one.")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="SRC", help="Source: a folder, or a Hub id org/name[@revision].")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="OUT", help="Folder to write; must not exist.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. calibration.samples=64; repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: no weights read, no output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this job's interrupted run, if there is one.")] = False,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where calibration runs: auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where calibration runs: auto, cpu, cuda or cuda:N.")
+    ] = "auto",
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Limit on the device that calibrates, e.g. 16GB; samples go in waves.")
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Limit on the device that calibrates, e.g. 16GB; samples go in waves."),
     ] = None,
     format: FormatOption = "human",
 ) -> None:
@@ -63,10 +68,12 @@ def convert(
 def validate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.")],
     source: Annotated[
-        str | None, typer.Option(metavar="SRC", help="What it was made from: untouched tensors must be equal to it.")
+        str | None, typer.Option("--source", metavar="SRC", help="What it was made from: untouched tensors must be equal to it.")
     ] = None,
     load: Annotated[bool, typer.Option("--load", help="Also load it with the real vLLM, and generate.")] = False,
-    vllm_python: Annotated[Path, typer.Option(metavar="PYTHON", help="The interpreter that has vLLM.")] = Path(sys.executable),
+    vllm_python: Annotated[Path, typer.Option("--vllm-python", metavar="PYTHON", help="The interpreter that has vLLM.")] = Path(
+        sys.executable
+    ),
     format: FormatOption = "human",
 ) -> None:
     """Say whether vLLM will serve a checkpoint right. Exit code 1 where it will not."""
@@ -88,7 +95,7 @@ def validate(
 @app.command()
 def inspect(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a Hub id org/name[@revision].")],
-    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="Count for this recipe alone.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="Count for this recipe alone.")] = None,
     format: FormatOption = "human",
 ) -> None:
     """Show a checkpoint's parts, its scope, and what recipes would touch."""
