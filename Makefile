@@ -33,10 +33,11 @@ format: .venv/installed
 	touch $@
 
 # The server has an environment of its own: it wants other versions of the same packages.
-.venv-vllm/installed: constraints-vllm.txt
+.venv-vllm/installed: constraints-vllm.txt tests/server/shim/sitecustomize.py
 	$(PYTHON) -m venv .venv-vllm
 	$(SERVER)/pip install $(PIP_FLAGS) torch==2.13.0
 	$(SERVER)/pip install $(PIP_FLAGS) -r constraints-vllm.txt
+	cp tests/server/shim/sitecustomize.py "$$($(SERVER)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
 clean:

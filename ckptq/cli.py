@@ -84,11 +84,13 @@ def validate(
     console = Console(format)
     origin = hub.fetch(source, weights=True).root if source else None
     findings = validate_folder(folder, source=origin, progress=console)
+    served = None
     if load:
         from ckptq.validators import vllm_load
 
-        findings = [*findings, *vllm_load.load(folder, vllm_python).findings]
-    console.result(render.findings_data(folder, findings), lambda: render.show_findings(console, folder, findings))
+        served = vllm_load.load(folder, vllm_python)
+        findings = [*findings, *served.findings]
+    console.result(render.findings_data(folder, findings, served), lambda: render.show_findings(console, folder, findings, served))
     raise typer.Exit(1 if any(f.severity == "error" for f in findings) else 0)
 
 

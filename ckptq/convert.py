@@ -144,14 +144,12 @@ def _activations(
     known = journal.load("activations")
     if known is not None:
         return known
-    with console.stage("import", 1) as advance:  # seconds of other people's modules: shown, so that nobody wonders
-        import torch
+    import torch
 
-        from ckptq.calibrate import calibrate
-        from ckptq.calibration.encode import Encoder
-        from ckptq.streamed import StreamedModel
+    from ckptq.calibrate import calibrate
+    from ckptq.calibration.encode import Encoder
+    from ckptq.streamed import StreamedModel
 
-        advance(1)
     settings = job.recipe.calibration
     component = job.inventory.main
     folder = job.source.root / component.folder

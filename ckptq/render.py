@@ -19,6 +19,7 @@ from ckptq.planner import decide
 from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
 from ckptq.scopes import Scope, find_scope
 from ckptq.validators import Finding
+from ckptq.validators.vllm_load import Served
 
 
 def plan_data(job: Prepared) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def show_report(console: Console, report: Report) -> None:
         ("output", str(report.output)),
         ("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)} ({ratio:.1%})"),
         ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in report.tensors.items())),
-        ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items() if name != "import") or "-"),
+        ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items()) or "-"),
         ("peak memory", size(report.peak_rss) + (f", {size(report.peak_gpu)} on the GPU" if report.peak_gpu else "")),
         ("verdict", _verdict(report.findings)),
         ("note", "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"),
@@ -102,14 +103,20 @@ def show_report(console: Console, report: Report) -> None:
     _show_findings(console, report.findings)
 
 
-def findings_data(folder: Path, findings: Sequence[Finding]) -> dict[str, Any]:
-    """`validate --format json`."""
-    return {"checkpoint": str(folder), "ok": not _errors(findings), "findings": [asdict(f) for f in findings]}
+def findings_data(folder: Path, findings: Sequence[Finding], served: Served | None) -> dict[str, Any]:
+    """`validate --format json`. `server` is what the real vLLM did, or null without --load."""
+    server = {key: value for key, value in asdict(served).items() if key != "findings"} if served else None
+    return {"checkpoint": str(folder), "ok": not _errors(findings), "findings": [asdict(f) for f in findings], "server": server}
 
 
-def show_findings(console: Console, folder: Path, findings: Sequence[Finding]) -> None:
-    """`validate`: every finding, then the verdict."""
+def show_findings(console: Console, folder: Path, findings: Sequence[Finding], served: Served | None) -> None:
+    """`validate`: every finding, what the real server did, then the verdict."""
     _show_findings(console, findings)
+    if served and served.version:
+        console.show(
+            f"vLLM {served.version} loaded it as {served.quantization} in {duration(served.load_seconds)}; from the prompt it goes "
+            f"on with {served.text!r}"
+        )
     console.show(f"{folder}: {_verdict(findings)}")
 
 

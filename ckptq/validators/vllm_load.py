@@ -109,7 +109,8 @@ def load(folder: Path, python: Path) -> Served:
 
 
 def _run(folder: Path, python: Path, result: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-c", _SCRIPT, str(folder.resolve()), str(result), PROMPT, str(MAX_MODEL_LEN)]
+    # absolute() and not resolve(): the link in a virtual environment's bin is what makes it that environment.
+    command = [str(python.absolute()), "-c", _SCRIPT, str(folder.resolve()), str(result), PROMPT, str(MAX_MODEL_LEN)]
     try:
         # In the result's own folder: a module that lies where ckptq was started must not take the place of a library's.
         return subprocess.run(  # noqa: S603  the user names the interpreter

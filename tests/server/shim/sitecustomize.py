@@ -1,11 +1,14 @@
 """Makes an environment with CUDA builds of torchvision, torchaudio and torchcodec usable beside a CPU build of torch.
 
-Python runs this at start where its folder is on PYTHONPATH. It does not touch vLLM: torchvision's Python part imports once the
-two operators that its missing library would define have a schema, and the other two count as not installed.
+Python runs this at start where its folder is on PYTHONPATH, or it lies in site-packages, where `make` puts it. It does not touch
+vLLM: torchvision's Python part imports once the two operators that its library would define have a schema, and the other two count
+as not installed. Where torchvision's library loads, nothing is done for it.
 """
 
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -22,6 +25,15 @@ class DefineOperators:
         if name == "torchvision" and self.library is None:
             import torch
 
+            found = PathFinder.find_spec(name, path)
+            if found is None or found.origin is None:
+                return
+            try:
+                for file in Path(found.origin).parent.glob("_C*.so"):
+                    torch.ops.load_library(file)
+                    return
+            except OSError:
+                pass
             self.library = library = torch.library.Library("torchvision", "FRAGMENT")
             for schema in SCHEMAS:
                 library.define(schema)
