@@ -1,0 +1,112 @@
+"""Whole conversions of the example model in the other forms in which Qwen2.5-VL checkpoints are met."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ckptq.checkpoint import INDEX
+from ckptq.console import Console
+from ckptq.convert import convert, prepare
+from ckptq.recipe import load_recipe
+from ckptq.scopes.qwen2_5_vl import SCOPE
+from ckptq.validate import validate_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+def edit_config(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    change(config)
+    (model / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def as_first_published(model: Path) -> None:
+    """config.json as on the Hub: the language model's keys at the top, and older names for some."""
+
+    def flatten(config: dict[str, Any]) -> None:
+        text = config.pop("text_config")
+        rope = text.pop("rope_parameters")
+        for key in ("layer_types", "model_type", "pad_token_id", "tie_word_embeddings"):
+            text.pop(key)
+        config.update(text, torch_dtype=config.pop("dtype"), rope_theta=rope["rope_theta"])
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        vision = config["vision_config"]
+        vision["in_chans"] = vision.pop("in_channels")
+        vision.pop("rope_parameters")
+
+    edit_config(model, flatten)
+
+
+def with_newer_names(model: Path) -> None:
+    """Tensor names as transformers 4.52 began to save them, in one file."""
+    tensors = {}
+    for file in sorted(model.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (model / INDEX).unlink()
+    save_file({newer(name): tensor for name, tensor in tensors.items()}, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def newer(name: str) -> str:
+    return next((long + name[len(short) :] for long, short in reversed(SCOPE.generations) if name.startswith(short)), name)
+
+
+def tied(model: Path) -> None:
+    """No lm_head of its own, as the 3B."""
+    index = json.loads((model / INDEX).read_text())
+    file = model / index["weight_map"].pop("lm_head.weight")
+    save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file, metadata={"format": "pt"})
+    (model / INDEX).write_text(json.dumps(index))
+    edit_config(model, lambda config: config.update(tie_word_embeddings=True))
+
+
+def converted(model: Path, output: Path) -> dict[str, float]:
+    """{observer: amax} of a finished, clean output."""
+    recipe = load_recipe("demo", ["calibration.samples=4"], model=str(model), output=str(output))
+    convert(prepare(recipe, weights=True), resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    assert validate_folder(output, source=model) == []
+    amax: dict[str, float] = json.loads((output / "ckptq.json").read_text())["amax"]
+    return amax
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def amax(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return converted(example_model, tmp_path_factory.mktemp("plain") / "out")
+
+
+def test_config_as_first_published(amax: dict[str, float], copy_model: Callable[[Path], Path], tmp_path: Path) -> None:
+    as_first_published(model := copy_model(tmp_path))
+    assert converted(model, tmp_path / "out") == amax
+
+
+def test_newer_names(amax: dict[str, float], copy_model: Callable[[Path], Path], tmp_path: Path) -> None:
+    with_newer_names(model := copy_model(tmp_path))
+    found = converted(model, tmp_path / "out")
+    assert found == {newer(name): value for name, value in amax.items()}
+    assert all(name.startswith("model.language_model.layers.") for name in found)
+
+
+def test_tied_head(amax: dict[str, float], copy_model: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Amaxes are those of the layers, which the head has no part in."""
+    tied(model := copy_model(tmp_path))
+    assert converted(model, tmp_path / "out") == amax
+
+
+def test_equal_runs_write_equal_folders(example_model: Path, tmp_path: Path) -> None:
+    """Whatever the output is called: no time, path or host gets into it."""
+    for name in ("one", "another"):
+        converted(example_model, tmp_path / name)
+    one, another = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "another"))
+    assert one == another
+    assert not any(str(tmp_path).encode() in content for content in one.values())
