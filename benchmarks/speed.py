@@ -54,7 +54,7 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, An
 
     model = work / "model"
     make_checkpoint(model, layers=args.layers, **SHAPE)
-    planned = prepare(load_recipe("qwen25vl-lm-fp8-text", model=str(model), output="unused"), weights=False).plan.nbytes
+    planned = prepare(load_recipe("qwen25vl-lm-fp8-text", model=str(model), output="unused")).plan.nbytes
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for number in range(args.rounds):
         for kind in KINDS:

@@ -53,7 +53,6 @@ def calibrate(
             count = _Wave(streamed, state, names, encode, memory).run(seen, amax, saved, console)
             state = Progress(first=state.first + count, amax=dict(amax))
             saved.save(state)
-    streamed.release()
     if unreached := [name for name in by_name if name not in amax]:
         raise DataError(
             f"{unreached[0]}: no calibration sample reached {by_name[unreached[0]].module} ({len(unreached)} such observers)",
@@ -78,6 +77,7 @@ class _Wave:
         self._hidden: dict[greenlet, torch.Tensor] = {}
         self._restored: dict[greenlet, torch.Tensor] = {}
         self._waiting_bytes = 0
+        self._largest_sample = 0
 
     def run(self, seen: Seen, amax: dict[str, float], saved: ProgressFile, console: Console) -> int:
         """Runs the wave to the last layer, raising `amax` in place; the number of samples it took."""
@@ -102,6 +102,7 @@ class _Wave:
                     advance(1)
             return len(self._samples)
         finally:
+            self._streamed.release()  # the next wave needs room for embeddings and towers first
             for sample in filter(None, self._samples):  # a greenlet is true while it lives
                 sample.throw()
             for hook in hooks:
@@ -120,9 +121,15 @@ class _Wave:
                 sample.switch()
                 _free_pixels(inputs)
                 advance(1)
-                if len(self._samples) == known or (not known and self._waiting_bytes >= self._memory):
+                if len(self._samples) == known or (not known and not self._room_for_another()):
                     break
+        if (waiting := len(self._names) - first - len(self._samples)) and not first:
+            console.note(f"calibration goes in waves: {len(self._samples)} samples fit the memory, {waiting} wait for their turn")
         self._streamed.drop_resident()
+
+    def _room_for_another(self) -> bool:
+        """Whether `memory` holds one more sample like the largest so far."""
+        return self._waiting_bytes + self._largest_sample <= self._memory
 
     def _skip(self, finished: Sequence[torch.nn.Module]) -> None:
         """Passes the layers that a killed run had finished, without weights, then puts back the hidden states it had saved."""
@@ -151,7 +158,9 @@ class _Wave:
         sample = getcurrent()
         hidden = args[0] if args else kwargs["hidden_states"]
         if sample not in self._hidden:
-            self._waiting_bytes += _waiting_bytes(hidden, args, kwargs)
+            held = _waiting_bytes(hidden, args, kwargs)
+            self._waiting_bytes += held
+            self._largest_sample = max(self._largest_sample, held)
         self._hidden[sample] = hidden
         del hidden
         self._driver.switch()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -56,7 +58,7 @@ def convert(
     limit = size_option("--memory", memory)
     settings = load_recipe(recipe, overrides or (), model=model, output=output)
     console = Console(format)
-    job = prepare(settings, weights=not dry_run)
+    job = prepare(settings)
     if dry_run:
         console.result(render.plan_data(job), lambda: render.show_plan(console, job))
         raise typer.Exit(1 if any(f.severity == "error" for f in job.findings) else 0)
@@ -151,7 +153,7 @@ def top(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Ends the process with 0 done, 1 the data is at fault, 2 usage or I/O, 130 interrupted."""
+    """Entry point. Ends the process with 0 done, 1 the data is at fault, 2 usage or I/O, 70 a fault of ckptq, 130 interrupted."""
     from ckptq.errors import CkptqError
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -173,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = stop.exit_code
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
-            raise
+            traceback.print_exc()
+            _say("this is a fault of ckptq: please report it with the lines above", None)
+            sys.exit(70)
         where = getattr(getattr(error, "ctx", None), "command_path", "ckptq")
         _say(f"error: {error.format_message().replace('Value error, ', '')}", f"`{where} --help` shows what there is")
         code = 2
@@ -202,7 +206,8 @@ def _resume_hint(arguments: list[str]) -> str | None:
     if "convert" not in arguments or "--dry-run" in arguments:
         return None
     rest = arguments if "--resume" in arguments else [*arguments, "--resume"]
-    return "go on with: " + shlex.join(["ckptq", *rest])
+    command = ["ckptq"] if shutil.which("ckptq") else [sys.executable, "-m", "ckptq"]
+    return "go on with: " + shlex.join([*command, *rest])
 
 
 def _say(text: str, hint: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -58,11 +59,11 @@ class Report:
     findings: tuple[Finding, ...]
 
 
-def prepare(recipe: Recipe, *, weights: bool) -> Prepared:
-    """Reads headers and plans. `weights` says whether a Hub source's weights are fetched too, or only their headers."""
+def prepare(recipe: Recipe) -> Prepared:
+    """Reads headers and plans. Of a Hub source's weights nothing else is fetched yet."""
     if recipe.model is None:
         raise RecipeError("the recipe names no model", hint="add `model:` to it, or give --model SRC")
-    source = hub.fetch(recipe.model, weights=weights)
+    source = hub.fetch(recipe.model, weights=False)
     inventory = read_inventory(source.root, source.header)
     scope = find_scope(inventory.main.config)
     plan = build_plan(recipe, inventory.main, scope, find_exporter(recipe.export.format))
@@ -81,13 +82,16 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
         console.warn(f"calibration has {len(samples)} samples, the recipe asks for {job.recipe.calibration.samples}")
     journal = Journal(output)
+    journal.refuse_existing(resume=resume)
     cost.check_space(output, job.plan.nbytes - journal.written_bytes())
     device = resolve_device(device)
     waiting = _waiting_budget(job.cost, memory, device)
+    if job.recipe.model is not None and job.source.label is not None:  # all that is cheap to check has been checked
+        job = dataclasses.replace(job, source=hub.fetch(job.recipe.model, weights=True))
     record = _job_record(job, samples, device)
     if journal.open(record, resume=resume):
         try:
-            findings = () if journal.publishing else _produce(job, samples, journal, record, waiting, console)
+            findings = None if journal.publishing else _produce(job, samples, journal, record, waiting, console)
             journal.publish(LAST)
         except (CalibrationError, DataError, SourceError):
             journal.forget_start()  # the input is at fault: mended, it is another job
@@ -95,7 +99,9 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         finally:
             journal.release()
     else:
-        findings = ()
+        findings = None
+    if findings is None:  # an earlier run had checked and begun to publish
+        findings = tuple(validate.validate_folder(output, progress=console))
     return _report(job, output, findings, console)
 
 
@@ -124,11 +130,13 @@ def _produce(
                     write_shard(journal.model, shard, component, reader, amax, advance)
     _write_files(job, journal, record, table)
     source = job.source.root if job.recipe.validation.passthrough else None
-    findings = validate.validate_folder(journal.model, source=source, values=job.recipe.validation.values, progress=console)
+    findings = validate.validate_folder(
+        journal.model, source=source, values=job.recipe.validation.values, staged=True, progress=console
+    )
     if errors := [f for f in findings if f.severity == "error"]:
         raise DataError(
             f"the output failed validation and was not published:\n{_listed(errors)}",
-            hint=f"`ckptq validate {journal.model}` shows the findings; please report this with the recipe",
+            hint="please report this with the recipe",
         )
     return tuple(findings)
 

@@ -17,7 +17,7 @@ from ckptq.scopes import Scope
 IMPORTS = 420 * 10**6
 """Resident bytes after importing torch 2.13 (CPU) and transformers 5.17, as benchmarks/memory.py measures them."""
 BUFFERS = 128 * 10**6
-"""What chunk buffers, the writer and one layer's intermediate values of a 2048-token sample take at most beside that."""
+"""What chunk buffers, the writer and the image processor take beside that."""
 RATES = (("a 16-core CPU at 0.5 TFLOP/s", 0.5e12), ("a GPU at 200 TFLOP/s", 200e12))
 
 
@@ -27,11 +27,14 @@ class Cost:
 
     resident  embeddings and towers, needed while samples enter        layer   the largest decoder layer
     sample    what one sample of full length holds while it waits      samples how many there are at most
+    passing   what a layer's intermediate values of such a sample take while it passes
+    flops     without those of the towers
     """
 
     resident: int
     layer: int
     sample: int
+    passing: int
     samples: int
     tokens: int
     flops: float
@@ -39,7 +42,7 @@ class Cost:
     @property
     def fixed(self) -> int:
         """Peak memory without waiting samples, once imports are in."""
-        return IMPORTS + BUFFERS + max(self.resident, 2 * self.layer)
+        return IMPORTS + BUFFERS + self.passing + max(self.resident, 2 * self.layer)
 
     @property
     def peak(self) -> int:
@@ -61,15 +64,17 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe) -> 
     text = scope.text(component.config)
     try:
         hidden, length = int(text["hidden_size"]), recipe.calibration.sequence_length
+        intermediate = int(text["intermediate_size"])
         head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"config.json: hidden_size and num_attention_heads should be positive integers: {error!r}") from error
+        raise SourceError(f"config.json: hidden_size, intermediate_size and num_attention_heads are needed: {error!r}") from error
     samples = recipe.calibration.samples if plan.calibrated else 0
     attention = 4 * plan.layer_count * hidden * length / 2
     return Cost(
         resident=resident,
         layer=max(layers),
         sample=length * (4 * hidden + 4 * head_dim),
+        passing=length * (3 * 2 * intermediate + 4 * 4 * hidden),  # gate, up and their product in BF16; norms in F32
         samples=samples,
         tokens=samples * length,
         flops=samples * length * (2 * parameters + attention),
@@ -99,8 +104,10 @@ def available_memory() -> int:
     info = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(info["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or no limit
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(stat["inactive_file"]) + int(stat["active_file"])  # counted as used, and given back when asked for
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cache)
     return free
 
 

@@ -8,7 +8,7 @@
     |-- OutputError                 2   the folder to write: exists, is read-only, is full
     `-- DataError                   1   the numbers are at fault: NaN, infinity, an observer no sample reached, findings
 
-Ctrl-C and SIGTERM end the process with 130.
+Ctrl-C and SIGTERM end the process with 130, anything unforeseen with 70.
 Each message names its subject, what was expected and what was found; `hint` is the next thing to do.
 """
 

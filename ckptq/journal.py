@@ -48,6 +48,11 @@ class Journal:
         """Whether an earlier run had finished and begun to publish, so that nothing but `publish` is left to do."""
         return self._publishing.is_file()
 
+    def refuse_existing(self, *, resume: bool) -> None:
+        """Raises OutputError early for what `open` will refuse in any case."""
+        if not self.staging.is_dir() and not resume:
+            self._refuse_existing()
+
     def open(self, job: Mapping[str, Any], *, resume: bool) -> bool:
         """Begins the job, or takes up its interrupted run. Returns False where the output is already published whole.
 

@@ -75,7 +75,7 @@ class _Calibration(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 2048
     seed: int = 0
     save_every: Annotated[int, Field(ge=0, le=600)] = 60
-    """Seconds between saves of the calibration's state; 0 saves after each layer. A kill costs no more than this."""
+    """Seconds between saves of the state; 0 saves after each layer. It is saved between layers: a kill costs what came since."""
 
 
 class CocoCalibration(_Calibration):

@@ -62,7 +62,8 @@ def show_plan(console: Console, job: Prepared) -> None:
     ]
     if plan.calibrated:
         times = ", ".join(f"{duration(cost.flops / rate)} on {name}" for name, rate in RATES)
-        facts.append(("calibration", f"{cost.samples} samples, at most {cost.tokens} tokens, {cost.flops:.3g} FLOPs: {times}"))
+        work = f"{cost.samples} samples, at most {cost.tokens} tokens, {cost.flops:.3g} FLOPs without towers"
+        facts.append(("calibration", f"{work}: {times}"))
     else:
         facts.append(("calibration", "not needed"))
     facts.append(("layout check", _verdict(job.findings)))

@@ -41,9 +41,9 @@ class StreamedModel:
         self.layers: list[torch.nn.Module] = list(self.model.get_submodule(self._layers_name))
         self._layer_sources: list[dict[str, SourceTensor]] = [{} for _ in self.layers]
         self._resident_sources: dict[str, SourceTensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._assign(component)
         self.layer_bytes = max(sum(_slot(t.spec) for t in sources.values()) for sources in self._layer_sources)
-        self.resident_bytes = sum(t.spec.nbytes for t in self._resident_sources.values())
         self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def module(self, source_module: str) -> torch.nn.Module:
@@ -59,13 +59,13 @@ class StreamedModel:
         for name, source in self._resident_sources.items():
             buffer = torch.empty(_slot(source.spec), dtype=torch.uint8)
             self._reader.read_into(source, 0, raw(buffer)[: source.spec.nbytes])
-            _set(self.model, name, typed(buffer, source.spec).to(self.device))
+            _set(self.model, name, typed(buffer, source.spec).to(self.device, self._dtypes[name]))
         _fill_buffers(self.model, self.device)
 
     def drop_resident(self) -> None:
         """Frees them again; samples that wait at a decoder layer no longer need them."""
         for name, source in self._resident_sources.items():
-            _set(self.model, name, blank(source.spec))
+            _set(self.model, name, blank(source.spec, self._dtypes[name]))
 
     def read_layer(self, index: int) -> torch.Tensor:
         """A layer's weights as bytes on `device`, in one of two buffers that are used in turn.
@@ -91,13 +91,14 @@ class StreamedModel:
         """The layer has its weights, from what `read_layer` returned, until the block ends."""
         names, at = self._layer_sources[index], 0
         for name, source in names.items():
-            _set(self.model, name, typed(slot[at:], source.spec))
+            # As transformers and vLLM load it: what is stored wider than the model computes, a norm in F32 say, is cast.
+            _set(self.model, name, typed(slot[at:], source.spec).to(self._dtypes[name]))
             at += _slot(source.spec)
         try:
             yield
         finally:
             for name, source in names.items():
-                _set(self.model, name, blank(source.spec))
+                _set(self.model, name, blank(source.spec, self._dtypes[name]))
             if self.device.type == "cuda":  # the buffer is filled again while the next layer computes
                 torch.cuda.synchronize(self.device)
 
@@ -125,6 +126,8 @@ class StreamedModel:
         filled: set[str] = set()
         for name, tensor in component.tensors.items():
             memory = self._memory_name[name]
+            if memory in head:  # stored beside tied embeddings too, where the model has no such parameter
+                continue
             if memory not in wanted:
                 raise SourceError(f"{name}: stored, but the model that config.json describes has no {memory}")
             if memory in filled:
@@ -133,8 +136,7 @@ class StreamedModel:
                 expected = list(wanted[memory].shape)
                 raise SourceError(f"{name}: shape {list(tensor.spec.shape)}, config.json calls for {expected}")
             filled.add(memory)
-            if memory in head:
-                continue
+            self._dtypes[memory] = wanted[memory].dtype
             if memory.startswith(self._layers_name + "."):
                 self._layer_sources[int(memory[len(self._layers_name) + 1 :].split(".")[0])][memory] = tensor
             else:

@@ -39,6 +39,6 @@ def typed(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     return buffer[: spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
 
 
-def blank(spec: TensorSpec) -> torch.Tensor:
-    """The tensor that `spec` describes, on `meta`: a shape without memory."""
-    return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
+def blank(spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the shape that `spec` describes, on `meta`: without memory."""
+    return torch.empty(spec.shape, dtype=dtype, device="meta")

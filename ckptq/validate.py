@@ -60,7 +60,7 @@ def validate_folder(
 
 def refuse_unfinished(folder: Path, *, staged: bool = False) -> None:
     """Raises SourceError for the folder of a conversion that has not published its output."""
-    inside = folder.resolve().name == STAGING and not staged
+    inside = STAGING in folder.resolve().parts and not staged
     halfway = folder.is_dir() and not (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
     if inside or halfway or (folder / STAGING).exists():
         what = (

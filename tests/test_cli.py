@@ -305,7 +305,7 @@ def test_dry_run_of_a_checkpoint_of_72b(tmp_path: Path) -> None:
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     command = ["convert", "--recipe", "demo", "--output", str(tmp_path / "an out"), *TEXT]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with subprocess.Popen(
         [sys.executable, "-m", "ckptq", *command], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -67,7 +67,7 @@ def tied(model: Path) -> None:
 def converted(model: Path, output: Path) -> dict[str, float]:
     """{observer: amax} of a finished, clean output."""
     recipe = load_recipe("demo", ["calibration.samples=4"], model=str(model), output=str(output))
-    convert(prepare(recipe, weights=True), resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    convert(prepare(recipe), resume=False, device="cpu", memory=None, console=Console(quiet=True))
     assert validate_folder(output, source=model) == []
     amax: dict[str, float] = json.loads((output / "ckptq.json").read_text())["amax"]
     return amax
@@ -100,6 +100,20 @@ def test_newer_names(amax: dict[str, float], copy_model: Callable[[Path], Path],
 def test_tied_head(amax: dict[str, float], copy_model: Callable[[Path], Path], tmp_path: Path) -> None:
     """Amaxes are those of the layers, which the head has no part in."""
     tied(model := copy_model(tmp_path))
+    assert converted(model, tmp_path / "out") == amax
+
+
+def test_tied_head_that_is_stored_too(amax: dict[str, float], copy_model: Callable[[Path], Path], tmp_path: Path) -> None:
+    edit_config(model := copy_model(tmp_path), lambda config: config.update(tie_word_embeddings=True))
+    assert converted(model, tmp_path / "out") == amax
+
+
+def test_norms_stored_wider(amax: dict[str, float], copy_model: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Computed with in the model's dtype, as the server does; carried over as they are."""
+    model = copy_model(tmp_path)
+    for file in model.glob("*.safetensors"):
+        tensors = {name: t.float() if "norm" in name else t for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
     assert converted(model, tmp_path / "out") == amax
 
 

@@ -358,7 +358,7 @@ def test_sequence_length_below_an_image(runs: Runs, tmp_path: Path) -> None:
 
 def test_observer_that_no_sample_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    job = prepare(load_recipe("demo", output=str(tmp_path / "out")), weights=True)
+    job = prepare(load_recipe("demo", output=str(tmp_path / "out")))
     component = job.inventory.main
     observers = [o for o in job.plan.observers if o.kind != "weight"]
     with Reader(job.source.root, component) as reader:
@@ -507,7 +507,8 @@ def test_terminated(runs: Runs, whole: dict[str, bytes], tmp_path: Path) -> None
     running = runs.start(arguments(out), kill=Kill("calibrate", "replace", 2, signal.SIGTERM))
     ended = running.end()
     assert ended.code == 130
-    assert f"interrupted\n  go on with: {shlex.join(['ckptq', *arguments(out)])} --resume\n" in ended.err
+    assert "\ninterrupted\n  go on with: " in ended.err
+    assert f"ckptq {shlex.join(arguments(out))} --resume\n" in ended.err
     assert_not_whole(out)
     assert runs.convert(out, "--resume").code == 0
     assert content(out) == whole
@@ -545,7 +546,8 @@ def test_interrupted_again_says_the_same(runs: Runs, tmp_path: Path) -> None:
 def test_interrupted_twice_stops_at_once(hub_server: HubServer, tmp_path: Path) -> None:
     """Ctrl-C while a file is being fetched waits for that file; a second one doesn't."""
     log = tmp_path / "log"
-    env = {**os.environ, "HF_ENDPOINT": hub_server.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "HF_ENDPOINT": hub_server.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     hub_server.hold(SHARDS[2], after=1 << 20)
     with log.open("wb") as stderr:
         argv = [sys.executable, "-m", "ckptq", *arguments(tmp_path / "out", model="org/tiny")]

@@ -148,7 +148,7 @@ def test_killed_again_and_again(job: Job) -> None:
 def one_at_a_time() -> str:
     """--memory that lets one sample wait at a time, or few."""
     recipe = load_recipe("demo", SMALL[1::2], model=str(EXAMPLE), output="out")
-    needs = prepare(recipe, weights=True).cost
+    needs = prepare(recipe).cost
     return str(needs.fixed + needs.sample)
 
 
@@ -168,7 +168,7 @@ def test_killed_in_a_wave_and_resumed_without_waves(job: Job, one_at_a_time: str
 
 def test_waves_and_order_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE.parent.parent)
-    prepared = prepare(load_recipe("demo", ["calibration.samples=5"], output=str(tmp_path / "out")), weights=True)
+    prepared = prepare(load_recipe("demo", ["calibration.samples=5"], output=str(tmp_path / "out")))
     samples = load_samples(prepared.recipe.calibration)
     encoder = Encoder(EXAMPLE, None, 512)
     observers = [o for o in prepared.plan.observers if o.kind != "weight"]
