@@ -72,7 +72,7 @@ def run_ckptq(job: dict[str, Any]) -> dict[str, float]:
     from ckptq.convert import convert, prepare
     from ckptq.recipe import load_recipe
 
-    calibration = {"source": "text", "files": [job["text"]], "samples": job["samples"], "sequence_length": job["length"]}
+    calibration = {"source": "text", "files": job["text"], "samples": job["samples"], "sequence_length": job["length"]}
     overrides = [f"calibration={json.dumps(calibration)}", "export.shard_size=5GB"]
     recipe = load_recipe("qwen25vl-lm-fp8-text", overrides, model=job["model"], output=job["output"])
     console = Console(quiet=True)
@@ -130,7 +130,7 @@ def _inputs(job: dict[str, Any]) -> list[dict[str, Any]]:
     from ckptq.calibration.encode import Encoder
     from ckptq.recipe import TextCalibration
 
-    settings = TextCalibration(source="text", files=[job["text"]], samples=job["samples"], sequence_length=job["length"])
+    settings = TextCalibration(source="text", files=job["text"], samples=job["samples"], sequence_length=job["length"])
     encoder = Encoder(Path(job["model"]), None, job["length"])
     return [encoder.encode(sample) for sample in load_samples(settings)]
 

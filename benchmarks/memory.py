@@ -61,7 +61,7 @@ def measure(work: Path, layers: int, samples: int, length: int) -> dict[str, Any
         t.spec.nbytes for name, t in component.tensors.items() if not scope.layer_of(name) and not name.startswith("lm_head")
     )
     waiting = samples * length * 4 * SHAPE["hidden"]
-    job = {"model": str(model), "output": str(work / f"out-{layers}"), "text": str(ROOT / "tests/data/heldout.txt"),
+    job = {"model": str(model), "output": str(work / f"out-{layers}"), "text": [str(ROOT / "tests/data/heldout.txt")],
            "samples": samples, "length": length, "threads": 2}  # fmt: skip
     (work / "job.json").write_text(json.dumps(job))
     child = [sys.executable, str(ROOT / "benchmarks/child.py"), "ckptq", str(work / "job.json")]

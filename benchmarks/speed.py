@@ -1,6 +1,6 @@
 """ckptq, ModelOpt's own flow and the floor on one checkpoint and the same samples, turn about.
 
-    python benchmarks/speed.py [--rounds 5] [--layers 20] [--samples 16] [--length 256] [--threads N] [--work DIR]
+    python benchmarks/speed.py [--rounds 5] [--layers 20] [--samples 32] [--length 256] [--threads N] [--work DIR]
 
 modelopt  load, insert quantizers, calibrate, export: what examples/hf_ptq/hf_ptq.py of ModelOpt 0.47 does, on a CPU, less its
           two sample generations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from make_checkpoint import make_checkpoint  # noqa: E402
 
 SHAPE = {"hidden": 1024, "intermediate": 4096, "heads": 16, "kv_heads": 4, "vocab": 65536, "vision_depth": 8, "vision_hidden": 640}
+TEXTS = [str(ROOT / "tests/data/heldout.txt"), str(ROOT / "ckptq/calibration/builtin.txt")]
 KINDS = ("floor", "ckptq", "modelopt")
 
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path)
@@ -58,9 +60,11 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, list[dict[str, An
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for number in range(args.rounds):
         for kind in KINDS:
-            job = {"model": str(model), "output": str(work / "out"), "text": str(ROOT / "tests/data/heldout.txt"),
+            job = {"model": str(model), "output": str(work / "out"), "text": TEXTS,
                    "samples": args.samples, "length": args.length, "threads": args.threads, "output_bytes": planned}  # fmt: skip
             (work / "job.json").write_text(json.dumps(job))
+            shutil.rmtree(work / "out", ignore_errors=True)
+            os.sync()  # else one run's unwritten bytes would be flushed at the next one's cost
             child = [sys.executable, str(ROOT / "benchmarks/child.py"), kind, str(work / "job.json")]
             result = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             runs[kind].append(result)
