@@ -54,6 +54,7 @@ def convert(
     from ckptq.convert import convert as run
     from ckptq.convert import prepare
     from ckptq.recipe import load_recipe, size_option
+    from ckptq.validate import has_errors
 
     limit = size_option("--memory", memory)
     settings = load_recipe(recipe, overrides or (), model=model, output=output)
@@ -61,7 +62,7 @@ def convert(
     job = prepare(settings)
     if dry_run:
         console.result(render.plan_data(job), lambda: render.show_plan(console, job))
-        raise typer.Exit(1 if any(f.severity == "error" for f in job.findings) else 0)
+        raise typer.Exit(int(has_errors(job.findings)))
     report = run(job, resume=resume, device=device, memory=limit, console=console)
     console.result(render.report_data(report), lambda: render.show_report(console, report))
 
@@ -81,7 +82,7 @@ def validate(
     """Say whether vLLM will serve a checkpoint right. Exit code 1 where it will not."""
     from ckptq import hub, render
     from ckptq.console import Console
-    from ckptq.validate import validate_folder
+    from ckptq.validate import has_errors, validate_folder
 
     console = Console(format)
     origin = hub.fetch(source, weights=True).root if source else None
@@ -93,7 +94,7 @@ def validate(
         served = vllm_load.load(folder, vllm_python)
         findings = [*findings, *served.findings]
     console.result(render.findings_data(folder, findings, served), lambda: render.show_findings(console, folder, findings, served))
-    raise typer.Exit(1 if any(f.severity == "error" for f in findings) else 0)
+    raise typer.Exit(int(has_errors(findings)))
 
 
 @app.command()
