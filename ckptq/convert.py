@@ -76,7 +76,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     if job.recipe.output is None:
         raise RecipeError("the recipe names no output", hint="add `output:` to it, or give --output OUT")
     if errors := [f for f in job.findings if f.severity == "error"]:
-        raise DataError(f"the planned output would not be served right:\n{_listed(errors)}", hint=errors[0].hint or None)
+        raise DataError(f"the planned output would not be served right:\n{_listed(errors)}", hint=errors[0].mend)
     output = Path(job.recipe.output)
     samples = load_samples(job.recipe.calibration) if job.plan.calibrated else []
     if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
@@ -142,7 +142,7 @@ def _produce(
 
 
 def _listed(findings: Sequence[Finding]) -> str:
-    return "\n".join(f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.actual}" for f in findings)
+    return "\n".join(f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.found}" for f in findings)
 
 
 def _activations(

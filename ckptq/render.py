@@ -124,7 +124,7 @@ def show_findings(console: Console, folder: Path, findings: Sequence[Finding], s
 def _show_findings(console: Console, findings: Sequence[Finding]) -> None:
     for f in findings:
         console.show(f"{f.severity}: {f.code}: {f.subject}")
-        console.show(f"    expected {f.expected}\n    found    {f.actual}\n    {f.hint}")
+        console.show(f"    expected {f.expected}\n    found    {f.found}\n    effect   {f.effect}\n    mend     {f.mend}")
 
 
 def _errors(findings: Sequence[Finding]) -> int:

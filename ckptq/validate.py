@@ -118,14 +118,14 @@ def group(findings: Iterable[Finding]) -> list[Finding]:
     by_layer: dict[tuple[str, ...], list[tuple[int, Finding]]] = {}
     for finding in findings:
         template, number = _template(finding.subject)
-        by_layer.setdefault((finding.code, finding.severity, template, finding.expected, finding.hint), []).append(
+        by_layer.setdefault((finding.code, finding.severity, template, finding.expected, finding.mend), []).append(
             (number, finding)
         )
     by_story: dict[tuple[str, ...], list[Finding]] = {}
-    for (code, severity, template, expected, hint), places in by_layer.items():
+    for (code, severity, template, expected, mend), places in by_layer.items():
         joined = _join_layers(template, places)
-        story = re.sub(r"[\d.]+(e[+-]?\d+)?", "#", joined.actual.removesuffix(_FIRST))
-        by_story.setdefault((code, severity, expected, hint, story), []).append(joined)
+        story = re.sub(r"[\d.]+(e[+-]?\d+)?", "#", joined.found.removesuffix(_FIRST))
+        by_story.setdefault((code, severity, expected, mend, story), []).append(joined)
     joined_all = [_join_names(same) for same in by_story.values()]
     return sorted(joined_all, key=lambda f: f.severity != "error")
 
@@ -149,9 +149,9 @@ def _join_layers(template: str, places: Sequence[tuple[int, Finding]]) -> Findin
 
 def _join(same: Sequence[Finding], subject: str) -> Finding:
     """The first of `same`, for all of them. What was found may differ: the first text stands for all, and says so."""
-    differ = len({f.actual for f in same}) > 1 and not same[0].actual.endswith(_FIRST)
+    differ = len({f.found for f in same}) > 1 and not same[0].found.endswith(_FIRST)
     return dataclasses.replace(
-        same[0], subject=subject, actual=same[0].actual + (_FIRST if differ else ""), count=sum(f.count for f in same)
+        same[0], subject=subject, found=same[0].found + (_FIRST if differ else ""), count=sum(f.count for f in same)
     )
 
 

@@ -214,7 +214,7 @@ def of_validate(data: Mapping[str, Any]) -> list[str]:
 
 
 def finding_words(findings: list[Mapping[str, Any]]) -> list[str]:
-    return [str(f[key]) for f in findings for key in ("code", "severity", "subject", "expected", "actual", "hint")]
+    return [str(f[key]) for f in findings for key in ("code", "severity", "subject", "expected", "found", "mend")]
 
 
 @pytest.fixture(scope="module")

@@ -503,7 +503,7 @@ def test_each_mutant_is_found(copy: Path, mutation: Mutation, code: str, severit
     mutation(copy)
     findings = validate_folder(copy, source=EXAMPLE)
     assert (code, severity) in {(f.code, f.severity) for f in findings}, findings
-    assert all(f.subject and f.expected and f.actual and f.hint for f in findings)
+    assert all(f.subject and f.expected and f.found and f.effect and f.mend for f in findings)
     if severity == "warning":  # no error beside it, unless the comparison with the source sees the mutation itself
         assert not [f for f in findings if f.severity == "error" and not f.code.startswith("passthrough.")]
 
@@ -547,16 +547,16 @@ def test_kv_scales_on_the_tower_are_explained(copy: Path) -> None:
     assert "visual*" in json.loads((copy / "config.json").read_text(encoding="utf-8"))["quantization_config"]["ignore"]
     (finding,) = validate_folder(copy)
     assert finding.subject == "visual.blocks.{0..3}.attn.k_proj.k_scale, visual.blocks.{0..3}.attn.v_proj.v_scale"
-    assert "KeyError: 'blocks.0.attn.k_proj.k_scale'" in finding.hint
-    assert "`visual*`" in finding.hint
+    assert "KeyError: 'blocks.0.attn.k_proj.k_scale'" in finding.mend
+    assert "`visual*`" in finding.mend
     assert finding.count == 8
 
 
 def test_a_pattern_that_reaches_nothing_is_named(copy: Path) -> None:
     exclude("lm_head", "model.embed_tokens", "model.visual")(copy)
     (finding,) = validate_folder(copy)
-    assert "'model.visual' reach no linear" in finding.actual
-    assert "images" in finding.hint
+    assert "'model.visual' reach no linear" in finding.found
+    assert "images" in finding.mend
     assert finding.count == 4 * 5 + 2
 
 
@@ -676,7 +676,7 @@ def test_codes_one_step_off_are_beyond_the_bound(tmp_path: Path) -> None:
 
     (finding,) = one_weight(tmp_path, weight, one_step_up)
     assert finding.code == "passthrough.weight-error"
-    assert int(finding.actual.split()[0]) > 0.7 * 64 * 64
+    assert int(finding.found.split()[0]) > 0.7 * 64 * 64
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -688,7 +688,7 @@ def test_a_source_that_is_not_finite_is_beyond_the_bound(tmp_path: Path, value: 
     from ckptq.validators import passthrough
 
     (finding,) = passthrough.check(read_inventory(tmp_path / "after"), read_inventory(tmp_path / "before"))
-    assert finding.actual.startswith("1 of 64 weights are not, first [3, 5]")
+    assert finding.found.startswith("1 of 64 weights are not, first [3, 5]")
 
 
 # --- the real server's answers ---
@@ -741,7 +741,7 @@ def test_the_real_server_is_asked(copy: Path, monkeypatch: pytest.MonkeyPatch, m
         assert served.quantization == "modelopt"
         assert served.positions > 8
     if expected == ["server.failed"]:
-        assert "k_proj" in served.findings[0].actual
+        assert "k_proj" in served.findings[0].found
 
 
 def test_progress_counts_every_byte(good: Path) -> None:

@@ -1,4 +1,7 @@
-"""Validators: each looks at one side of a checkpoint and returns findings. None of them prints or raises for a fault it finds."""
+"""Validators: each looks at one side of a checkpoint and returns findings. None of them prints or raises for a fault it finds.
+
+Each module lists its codes in `CODES`, with the file of the server that a rule was read in; `ckptq/validators/codes.py` joins them.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,35 @@ Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One fault, or one fault at `count` places. `code` is stable; `subject` is a tensor, a config key or a file.
+class Code:
+    """What a finding's code means. `source`: the server's file and version that the rule was read in, or "" for our own rule."""
 
-    An error means wrong answers or no load; a warning, that it works but is fragile or lossy. `hint` says how to mend it and names
-    no layer, so that findings can be grouped.
+    meaning: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault, or one fault at `count` places.
+
+    code      stable; listed in the `CODES` of the module that finds it
+    severity  error: wrong answers or no load; warning: works, but fragile or lossy
+    subject   a tensor, a config key or a file
+    expected  what belongs there
+    found     what is there
+    effect    what the server will do with it
+    mend      what to do about it
+
+    `expected`, `effect` and `mend` name no layer, so that findings can be grouped.
     """
 
     code: str
     severity: Severity
     subject: str
     expected: str
-    actual: str
-    hint: str
+    found: str
+    effect: str
+    mend: str
     count: int = 1
 
 
@@ -37,11 +56,11 @@ class Stored:
     tensors: Mapping[str, TensorSpec]
 
 
-def error(code: str, subject: str, expected: str, actual: str, hint: str) -> Finding:
+def error(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:
     """A finding that means wrong answers or no load."""
-    return Finding(code, "error", subject, expected, actual, hint)
+    return Finding(code, "error", subject, expected, found, effect, mend)
 
 
-def warning(code: str, subject: str, expected: str, actual: str, hint: str) -> Finding:
+def warning(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:
     """A finding that means: works, but is fragile or lossy."""
-    return Finding(code, "warning", subject, expected, actual, hint)
+    return Finding(code, "warning", subject, expected, found, effect, mend)

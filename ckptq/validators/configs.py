@@ -1,17 +1,4 @@
-"""What the configuration files say, which of them the server believes, and files in the folder that lead it astray.
-
-config.no-section          neither file says that the checkpoint is quantized
-config.quant-method        quant_method is absent or not ModelOpt's
-config.quant-algo          quant_algo is absent or not FP8
-config.exclude-list        the exclude list is no list of names
-config.kv-cache-scheme     a KV scheme that the server does not take for FP8
-config.section-missing     config.json has no section: hf_quant_config.json alone counts
-config.disagree            the two files contradict each other
-config.hf-quant-config     hf_quant_config.json is absent
-files.consolidated         the server would load this file and nothing else
-files.stray-safetensors    the server would load this file too
-files.weight-copy          a further copy of the weights, never loaded
-"""
+"""What the configuration files say, which of them the server believes, and files in the folder that lead it astray."""
 
 from __future__ import annotations
 
@@ -23,7 +10,21 @@ from typing import Any
 
 from ckptq.checkpoint import INDEX, Component
 from ckptq.scopes import Scope
-from ckptq.validators import Finding, Stored, error, warning
+from ckptq.validators import Code, Finding, Stored, error, warning
+
+CODES = {
+    "config.no-section": Code("neither file says that the checkpoint is quantized"),
+    "config.quant-method": Code("quant_method is absent or not ModelOpt's"),
+    "config.quant-algo": Code("quant_algo is absent or not FP8"),
+    "config.exclude-list": Code("the exclude list is no list of names"),
+    "config.kv-cache-scheme": Code("a KV scheme that the server does not take for FP8"),
+    "config.section-missing": Code("config.json has no section: hf_quant_config.json alone counts"),
+    "config.disagree": Code("the two files contradict each other"),
+    "config.hf-quant-config": Code("hf_quant_config.json is absent"),
+    "files.consolidated": Code("the server would load this file and nothing else"),
+    "files.stray-safetensors": Code("the server would load this file too"),
+    "files.weight-copy": Code("a further copy of the weights, never loaded"),
+}
 
 SECTION = "config.json: quantization_config"
 OTHER = "hf_quant_config.json"
@@ -86,19 +87,19 @@ def check(stored: Stored, scope: Scope) -> Iterator[Finding]:
     if found is None:
         yield error(
             "config.no-section", SECTION, "a section with quant_method and quant_algo", "neither it nor hf_quant_config.json",
-            "the checkpoint is not quantized, or lost its section: convert it, or put the section back",
+            "the checkpoint is not quantized, or lost its section", "convert it, or put the section back",
         )  # fmt: skip
         return
     if found.method != "modelopt":
         yield error(
             "config.quant-method", f"{found.file}.quant_method", "'modelopt'", repr(found.method) if found.method else "absent",
-            "vLLM would read the tensors by other rules, or as not quantized: set quant_method to modelopt if ModelOpt's layout is "
-            "what is stored; other layouts can't be checked yet",
+            "vLLM would read the tensors by other rules, or as not quantized",
+            "set quant_method to modelopt if ModelOpt's layout is what is stored; other layouts can't be checked yet",
         )  # fmt: skip
     if found.algo != "FP8":
         yield error(
             "config.quant-algo", f"{found.file}.quant_algo", "'FP8'", repr(found.algo) if found.algo else "absent",
-            "vLLM would expect other tensors: set it to FP8 if that is what is stored; other algorithms can't be checked yet",
+            "vLLM would expect other tensors", "set it to FP8 if that is what is stored; other algorithms can't be checked yet",
         )  # fmt: skip
     if found.file != OTHER:
         yield from _section_findings(stored.config, found, scope)
@@ -116,18 +117,23 @@ def _section_findings(config: Mapping[str, Any], found: Settings, scope: Scope) 
     exclude = section.get("ignore", [])
     if not isinstance(exclude, list) or any(not isinstance(e, str) for e in exclude):
         yield error(
-            "config.exclude-list", f"{found.file}.ignore", "a list of module names", repr(exclude), "write the names as a JSON list"
+            "config.exclude-list",
+            f"{found.file}.ignore",
+            "a list of module names",
+            repr(exclude),
+            "vLLM raises, or reads no list",
+            "write the names as a JSON list",
         )
     if "exclude_modules" in section and "ignore" not in section:
         yield error(
             "config.exclude-list", f"{found.file}.exclude_modules", "the key `ignore`", "the key `exclude_modules`",
-            "inside config.json vLLM reads `ignore` alone; exclude_modules is hf_quant_config.json's word: rename the key",
+            "inside config.json vLLM reads `ignore` alone; exclude_modules is hf_quant_config.json's word", "rename the key",
         )  # fmt: skip
     scheme = section.get("kv_cache_scheme")
     if scheme is not None and not found.kv_fp8:
         yield error(
             "config.kv-cache-scheme", f"{found.file}.kv_cache_scheme", repr(_NUMBERS), repr(scheme),
-            "vLLM falls back to a cache in the model's dtype and leaves the scales unused: write exactly these three keys",
+            "vLLM falls back to a cache in the model's dtype and leaves the scales unused", "write exactly these three keys",
         )  # fmt: skip
 
 
@@ -135,14 +141,14 @@ def _agreement(stored: Stored, found: Settings) -> Iterator[Finding]:
     if stored.hf_quant_config is None:
         yield warning(
             "config.hf-quant-config", OTHER, "the same settings in ModelOpt's own words", "absent",
-            "vLLM 0.32 does without; older servers and TensorRT-LLM read it: write it beside config.json",
+            "vLLM 0.32 does without; older servers and TensorRT-LLM read it", "write it beside config.json",
         )  # fmt: skip
         return
     other = _read(stored.hf_quant_config, OTHER)
     if found.file == OTHER:
         yield warning(
             "config.section-missing", SECTION, "the section", f"absent; {OTHER} alone says that the checkpoint is quantized",
-            "vLLM 0.32 reads that file then, other programs may not: put the section into config.json",
+            "vLLM 0.32 reads that file then, other programs may not", "put the section into config.json",
         )  # fmt: skip
         return
     said = {
@@ -154,7 +160,7 @@ def _agreement(stored: Stored, found: Settings) -> Iterator[Finding]:
         if ours != theirs:
             yield warning(
                 "config.disagree", f"{OTHER}: {key}", f"{ours}, as in {found.file}", str(theirs),
-                "vLLM 0.32 believes config.json, other programs the other file: write the same in both",
+                "vLLM 0.32 believes config.json, other programs the other file", "write the same in both",
         )  # fmt: skip
 
 
@@ -170,15 +176,15 @@ def check_files(folder: Path, component: Component) -> Iterator[Finding]:
         if top and fnmatchcase(name, "consolidated*.safetensors"):
             yield error(
                 "files.consolidated", name, "no consolidated*.safetensors in the folder", "there is one",
-                "vLLM would load this file alone, as a Mistral checkpoint: remove it",
+                "vLLM would load this file alone, as a Mistral checkpoint", "remove it",
             )  # fmt: skip
         elif top and name.endswith(".safetensors") and not indexed:
             yield error(
                 "files.stray-safetensors", name, f"{component.weight_files[0]} alone, or an index", "a further safetensors file",
-                "without an index vLLM loads every *.safetensors, and one tensor silently replaces another: remove it",
+                "without an index vLLM loads every *.safetensors, and one tensor silently replaces another", "remove it",
             )  # fmt: skip
         else:
             yield warning(
                 "files.weight-copy", name, "the weights once", "a further copy or index of weights",
-                "vLLM does not load it, whoever fetches the folder pays for it: remove it",
+                "vLLM does not load it, whoever fetches the folder pays for it", "remove it",
         )  # fmt: skip

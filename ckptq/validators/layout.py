@@ -2,24 +2,6 @@
 
 The rule behind all others: what vLLM will build quantized is stored quantized, and nothing else is. vLLM 0.32.0 checks no
 quantized checkpoint for completeness (model_executor/model_loader/default_loader.py load_weights), so most of these load silently.
-
-    layout.not-excluded       built quantized, stored in the source's dtype
-    layout.excluded           excluded, yet stored in FP8
-    layout.split-exclude      the exclude list names some shards of a fused linear
-    layout.missing-tensor     a tensor that the server reads is not stored
-    layout.unknown-tensor     a stored tensor that the server has no place for
-    layout.missing-scale      a quantized linear lacks weight_scale or input_scale
-    layout.stray-scale        a scale where nothing is quantized
-    layout.scale-dtype        a scale that is not F32
-    layout.scale-shape        a scale that is neither [] nor [1]
-    layout.weight-dtype       a weight in a dtype that the server would misread
-    layout.shape              a shape that config.json contradicts
-    layout.shard-width        shards of one fused linear with different inputs
-    layout.kv-missing         some attention layers have KV scales, this one lacks one
-    layout.kv-absent          an FP8 KV cache is declared, and no layer has a scale
-    layout.kv-undeclared      KV scales are stored, and no FP8 KV cache is declared
-    layout.kv-misplaced       a K scale beside v_proj, or a V scale beside k_proj
-    layout.kv-on-tower        KV scales outside the language model
 """
 
 from __future__ import annotations
@@ -29,7 +11,7 @@ from dataclasses import dataclass
 
 from ckptq.checkpoint import FLOATS, TensorSpec
 from ckptq.scopes import Scope
-from ckptq.validators import Finding, Stored, error, warning
+from ckptq.validators import Code, Finding, Stored, error, warning
 from ckptq.validators.configs import Settings
 from ckptq.validators.vllm_rules import (
     KVSlot,
@@ -44,6 +26,26 @@ from ckptq.validators.vllm_rules import (
     server_patterns,
     treatment,
 )
+
+CODES = {
+    "layout.not-excluded": Code("built quantized, stored in the source's dtype"),
+    "layout.excluded": Code("excluded, yet stored in FP8"),
+    "layout.split-exclude": Code("the exclude list names some shards of a fused linear"),
+    "layout.missing-tensor": Code("a tensor that the server reads is not stored"),
+    "layout.unknown-tensor": Code("a stored tensor that the server has no place for"),
+    "layout.missing-scale": Code("a quantized linear lacks weight_scale or input_scale"),
+    "layout.stray-scale": Code("a scale where nothing is quantized"),
+    "layout.scale-dtype": Code("a scale that is not F32"),
+    "layout.scale-shape": Code("a scale that is neither [] nor [1]"),
+    "layout.weight-dtype": Code("a weight in a dtype that the server would misread"),
+    "layout.shape": Code("a shape that config.json contradicts"),
+    "layout.shard-width": Code("shards of one fused linear with different inputs"),
+    "layout.kv-missing": Code("some attention layers have KV scales, this one lacks one"),
+    "layout.kv-absent": Code("an FP8 KV cache is declared, and no layer has a scale"),
+    "layout.kv-undeclared": Code("KV scales are stored, and no FP8 KV cache is declared"),
+    "layout.kv-misplaced": Code("a K scale beside v_proj, or a V scale beside k_proj"),
+    "layout.kv-on-tower": Code("KV scales outside the language model"),
+}
 
 SCALES = ("weight_scale", "input_scale")
 KV_SCALES = ("k_scale", "v_scale")
@@ -98,7 +100,7 @@ def _linear(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
         yield error(
             "layout.split-exclude", f"{linear.prefix}", "all shards of a fused linear in the exclude list, or none",
             "some of " + ", ".join(m.rpartition(".")[2] for m in linear.shards),
-            "vLLM raises `Detected some but not all shards ... are quantized`: list every shard, or none",
+            "vLLM raises `Detected some but not all shards ... are quantized`", "list every shard, or none",
         )  # fmt: skip
         return
     narrow = {module: _is_fp8(at.tensors.get(f"{module}.weight")) for module in linear.shards}
@@ -108,8 +110,9 @@ def _linear(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
             yield error(
                 "layout.excluded", f"{module}.weight", "the source's dtype: the exclude list keeps this module as it was",
                 at.tensors[f"{module}.weight"].dtype,
-                "vLLM would read the codes as if they were weights: take the module off the exclude list, mind that a pattern also "
-                "matches inside longer names (layers.1 in layers.10), or store the weight unquantized",
+                "vLLM would read the codes as if they were weights",
+                "take the module off the exclude list, mind that a pattern also matches inside longer names (layers.1 in "
+                "layers.10), or store the weight unquantized",
             )  # fmt: skip
         if not any(narrow.values()):
             yield from (_stray(name, "this module is excluded") for name in scales)
@@ -133,7 +136,7 @@ def _not_excluded(module: str, linear: ServerLinear, at: Expected) -> Finding:
     return error(
         "layout.not-excluded", f"{module}.weight", "F8_E4M3 with scales: nothing on the exclude list keeps this module",
         f"{spec.dtype}, without scales{reach}" if spec else f"not stored (tied to the embeddings), without scales{reach}",
-        f"vLLM would cast it to FP8 without a scale, silently, and {part}: add it to the exclude list. What works ends in `*` "
+        f"vLLM would cast it to FP8 without a scale, silently, and {part}", "add it to the exclude list. What works ends in `*` "
         "(`visual*`), name every shard, or are part of the server's name; `re:` and globs on shards of a fused linear do nothing",
     )  # fmt: skip
 
@@ -147,7 +150,7 @@ def _quantized_shard(module: str, linear: ServerLinear, at: Expected) -> Iterato
             actual, effect = weight.dtype, "converted as numbers, not taken as E4M3 codes"
         yield error(
             "layout.weight-dtype", weight.name, "F8_E4M3: vLLM builds this linear quantized", actual,
-            f"the values would be {effect}, silently: quantize it and store F8_E4M3 codes, or exclude the whole fused linear",
+            f"the values would be {effect}, silently", "quantize it and store F8_E4M3 codes, or exclude the whole fused linear",
         )  # fmt: skip
     for kind in SCALES:
         name = f"{module}.{kind}"
@@ -157,11 +160,11 @@ def _quantized_shard(module: str, linear: ServerLinear, at: Expected) -> Iterato
             continue
         # A fused linear's parameter has one slot a shard, and for activations the largest counts: one shard's is enough to run.
         if kind == "input_scale" and any(f"{m}.{kind}" in at.tensors for m in linear.shards):
-            yield warning("layout.missing-scale", name, "F32 []", "not stored", "vLLM takes another shard's: store it for each")
+            yield warning("layout.missing-scale", name, "F32 []", "not stored", "vLLM takes another shard's", "store it for each")
         else:
             yield error(
                 "layout.missing-scale", name, "F32 []", "not stored",
-                "vLLM loads without it and computes with -3.4e38 instead: export again, with calibration if it is an input_scale",
+                "vLLM loads without it and computes with -3.4e38 instead", "export again, with calibration if it is an input_scale",
             )  # fmt: skip
 
 
@@ -169,16 +172,21 @@ def _scalar(spec: TensorSpec) -> Iterator[Finding]:
     if spec.shape not in ((), (1,)):
         yield error(
             "layout.scale-shape", spec.name, "[] or [1]: one scale for the tensor", str(list(spec.shape)),
-            "vLLM raises a bare AssertionError: store one value, or declare the algorithm whose scales these are",
+            "vLLM raises a bare AssertionError", "store one value, or declare the algorithm whose scales these are",
         )  # fmt: skip
     if spec.dtype in ("BF16", "F16"):
         yield warning(
             "layout.scale-dtype", spec.name, "F32", spec.dtype,
-            f"vLLM widens it, but it was rounded to {spec.dtype} before: store it as F32",
+            f"vLLM widens it, but it was rounded to {spec.dtype} before", "store it as F32",
         )  # fmt: skip
     elif spec.dtype != "F32":
         yield error(
-            "layout.scale-dtype", spec.name, "F32", spec.dtype, "vLLM would convert the number and not see a fault: store it as F32"
+            "layout.scale-dtype",
+            spec.name,
+            "F32",
+            spec.dtype,
+            "vLLM would convert the number and not see a fault",
+            "store it as F32",
         )
 
 
@@ -190,7 +198,7 @@ def _shard_width(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
     if not known and len(widths) > 1:
         yield error(
             "layout.shard-width", linear.prefix, "shards with one number of columns", f"{sorted(widths)}",
-            "they read one input, so their weights [out, in] must agree in `in`: export again",
+            "they read one input, so their weights [out, in] must agree in `in`", "export again",
         )  # fmt: skip
 
 
@@ -200,7 +208,7 @@ def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
         if parameter.required:
             yield error(
                 "layout.missing-tensor", parameter.name, f"a tensor {_shape(parameter.shape)}", "not stored",
-                "vLLM would leave the memory as it found it, silently: take the tensor over from the source",
+                "vLLM would leave the memory as it found it, silently", "take the tensor over from the source",
             )  # fmt: skip
         return
     fits = len(spec.shape) == len(parameter.shape) and all(
@@ -209,23 +217,23 @@ def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
     if not fits:
         yield error(
             "layout.shape", parameter.name, f"{_shape(parameter.shape)}, from config.json", str(list(spec.shape)),
-            "vLLM raises, or cuts surplus rows off silently: export again, or mend the sizes in config.json",
+            "vLLM raises, or cuts surplus rows off silently", "export again, or mend the sizes in config.json",
         )  # fmt: skip
     module = parameter.name.rpartition(".")[0]
     if module not in at.linears and spec.dtype not in FLOATS:
         yield error(
             "layout.weight-dtype", parameter.name, "the source's dtype: this is no linear", spec.dtype,
-            "vLLM would read the codes as if they were values: take the tensor over from the source unchanged",
+            "vLLM would read the codes as if they were values", "take the tensor over from the source unchanged",
         )  # fmt: skip
     elif module in at.linears and not at.quantized(module) and spec.dtype not in FLOATS and not _is_fp8(spec):
         yield error(
             "layout.weight-dtype", parameter.name, "the source's dtype: this linear is not quantized", spec.dtype,
-            "vLLM would convert the numbers, silently: take the tensor over from the source unchanged",
+            "vLLM would convert the numbers, silently", "take the tensor over from the source unchanged",
         )  # fmt: skip
     elif module in at.linears and parameter.name.endswith(".bias") and _is_fp8(spec):
         yield error(
             "layout.weight-dtype", parameter.name, "the source's dtype: a bias is never quantized", spec.dtype,
-            "vLLM would read the codes as if they were values: take the bias over from the source unchanged",
+            "vLLM would read the codes as if they were values", "take the bias over from the source unchanged",
         )  # fmt: skip
 
 
@@ -246,12 +254,12 @@ def _unknown(at: Expected) -> Iterator[Finding]:
         elif kind == "bias":
             yield warning(
                 "layout.unknown-tensor", name, "no such tensor", "stored",
-                "vLLM has no place for this bias and drops it silently, so the linear computes something else: check config.json",
+                "vLLM has no place for this bias and drops it silently, so the linear computes something else", "check config.json",
             )  # fmt: skip
         elif not name.endswith("rotary_emb.inv_freq"):
             yield error(
                 "layout.unknown-tensor", name, "no such tensor, by config.json and the server's names", "stored",
-                "vLLM raises `There is no module or parameter named ...`: rename it (ModelOpt's FP8 has weight, weight_scale, "
+                "vLLM raises `There is no module or parameter named ...`", "rename it (ModelOpt's FP8 has weight, weight_scale, "
                 "input_scale, k_scale, v_scale), remove it, or mend config.json",
             )  # fmt: skip
 
@@ -272,16 +280,17 @@ def _kv_on_tower(names: Sequence[str], scope: Scope) -> Iterator[Finding]:
         yield error(
             "layout.kv-on-tower", name, f"no KV scale in {tower}: only the language model has a KV cache", "stored",
             f"vLLM raises at such a key; older ones say no more than `KeyError: '{first}'`. `{tower}*` on the exclude list is no "
-            "help: it speaks of weights. ModelOpt writes these scales where its KV settings come after the line that disables the "
-            "tower: drop the tensors, or disable the tower last and export again",
+            "help: it speaks of weights",
+            "ModelOpt writes these scales where its KV settings come after the line that disables the tower: "
+            "drop the tensors, or disable the tower last and export again",
         )  # fmt: skip
 
 
 def _stray(name: str, why: str) -> Finding:
     return error(
         "layout.stray-scale", name, f"no scale: {why}", "stored",
-        "vLLM raises at such a key, and some of its models drop it silently: remove it, or quantize the module and take it off the "
-        "exclude list",
+        "vLLM raises at such a key, and some of its models drop it silently",
+        "remove it, or quantize the module and take it off the exclude list",
     )  # fmt: skip
 
 
@@ -296,12 +305,12 @@ def _kv(at: Expected) -> Iterator[Finding]:
         if slot.misplaced:
             yield error(
                 "layout.kv-misplaced", name, f"{slot.kind}_scale beside {slot.kind}_proj", "beside the other projection",
-                "vLLM goes by the last part of the name, so K and V would trade scales, silently: export again",
+                "vLLM goes by the last part of the name, so K and V would trade scales, silently", "export again",
             )  # fmt: skip
         if not at.settings.kv_fp8:
             yield error(
                 "layout.kv-undeclared", name, f"none: {at.settings.file} declares no FP8 KV cache", "stored",
-                "vLLM would keep the cache in the model's dtype and drop the scales silently: declare kv_cache_scheme with "
+                "vLLM would keep the cache in the model's dtype and drop the scales silently", "declare kv_cache_scheme with "
                 "dynamic false, num_bits 8, type float, or remove the scales",
             )  # fmt: skip
     if not at.settings.kv_fp8:
@@ -309,7 +318,7 @@ def _kv(at: Expected) -> Iterator[Finding]:
     if not have:
         yield warning(
             "layout.kv-absent", "k_scale and v_scale", "one of each in every layer: an FP8 KV cache is declared", "none",
-            "vLLM quantizes the cache with scale 1.0: good enough where keys and values are moderate, else calibrate the KV cache",
+            "vLLM quantizes the cache with scale 1.0: good enough where keys and values are moderate", "calibrate the KV cache",
         )  # fmt: skip
         return
     for module, attention in owners.items():
@@ -318,5 +327,5 @@ def _kv(at: Expected) -> Iterator[Finding]:
             yield error(
                 "layout.kv-missing", f"{module}.{kind}_scale", "F32 []: the KV cache is FP8, other layers have it", "not stored",
                 ("vLLM stops with a bare AssertionError" if kind == "k" and (attention, "v") in have
-                else "vLLM uses the other one's scale, or 1.0, silently") + ": calibrate and export again",
+                else "vLLM uses the other one's scale, or 1.0, silently"), "calibrate and export again",
             )  # fmt: skip

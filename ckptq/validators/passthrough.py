@@ -1,14 +1,4 @@
-"""The output against its source: what was to stay is byte for byte the same, and what was quantized still says the same.
-
-passthrough.missing          a tensor of the source is not in the output
-passthrough.extra            a tensor that is neither the source's nor a scale
-passthrough.form             a tensor with another shape, or another dtype than FP8 or the source's
-passthrough.bytes            an unquantized tensor whose bytes differ
-passthrough.weight-error     a quantized weight further from the source than FP8 rounds
-passthrough.config           config.json differs in more than quantization_config
-passthrough.sidecar-missing  a file of the source did not come along
-passthrough.sidecar          a file that came along, changed
-"""
+"""The output against its source: what was to stay is byte for byte the same, and what was quantized still says the same."""
 
 from __future__ import annotations
 
@@ -20,13 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint import DTYPE_BYTES, FLOATS, Inventory, Reader, SourceTensor
-from ckptq.validators import Finding, error, warning
+from ckptq.validators import Code, Finding, error, warning
 from ckptq.validators.values import CHUNK, SCALE_KINDS, chunks, read_scale
 
 if TYPE_CHECKING:
     import numpy as np
 
     F32 = np.ndarray[Any, np.dtype[np.float32]]
+
+CODES = {
+    "passthrough.missing": Code("a tensor of the source is not in the output"),
+    "passthrough.extra": Code("a tensor that is neither the source's nor a scale"),
+    "passthrough.form": Code("a tensor with another shape, or another dtype than FP8 or the source's"),
+    "passthrough.bytes": Code("an unquantized tensor whose bytes differ"),
+    "passthrough.weight-error": Code("a quantized weight further from the source than FP8 rounds"),
+    "passthrough.config": Code("config.json differs in more than quantization_config"),
+    "passthrough.sidecar-missing": Code("a file of the source did not come along"),
+    "passthrough.sidecar": Code("a file that came along, changed"),
+}
 
 PIECE = 1 << 17
 """Weights compared at a time: the arrays stay in the processor's cache."""
@@ -45,11 +46,18 @@ def check(output: Inventory, source: Inventory, advance: Callable[[int], None] =
     for name in (n for n in theirs.tensors if n not in ours.tensors):
         yield error(
             "passthrough.missing", name, "every tensor of the source", "not stored",
-            "vLLM would leave the memory as it found it: take the tensor over",
+            "vLLM would leave the memory as it found it", "take the tensor over",
         )  # fmt: skip
     for name in (n for n in ours.tensors if n not in theirs.tensors):
         if name.rpartition(".")[2] not in SCALE_KINDS:
-            yield error("passthrough.extra", name, "the source's tensors and scales", "a further tensor", "remove it")
+            yield error(
+                "passthrough.extra",
+                name,
+                "the source's tensors and scales",
+                "a further tensor",
+                "vLLM raises at a name that it does not know",
+                "remove it",
+            )
     yield from _config_findings(output, source)
     yield from _sidecar_findings(output, source)
     with Reader(output.root, ours) as reader, Reader(source.root, theirs) as original:
@@ -74,13 +82,14 @@ def _tensor_findings(
     if tensor.spec.shape != before.spec.shape or not (encoded or dtype == before.spec.dtype):
         yield error(
             "passthrough.form", name, f"{before.spec.dtype} {list(before.spec.shape)} or F8_E4M3 of that shape",
-            f"{dtype} {list(tensor.spec.shape)}", "convert again from this source, or name the source that it was made from",
+            f"{dtype} {list(tensor.spec.shape)}", "this is not that tensor",
+            "convert again from this source, or name the source that it was made from",
         )  # fmt: skip
     elif not encoded:
         if not _same_bytes(tensor, before, reader, original):
             yield error(
                 "passthrough.bytes", name, "the source's bytes", "other bytes",
-                "the tensor was not to be changed: convert again, or name the source that it was made from",
+                "the tensor was not to be changed", "convert again, or name the source that it was made from",
             )  # fmt: skip
     else:
         scale = output.main.tensors.get(name.removesuffix("weight") + "weight_scale")
@@ -132,7 +141,7 @@ def _weight_findings(
             "passthrough.weight-error", tensor.spec.name,
             "code * weight_scale within FP8's rounding of the source's weight: 2^-4 of it, or half the smallest step",
             f"{beyond} of {tensor.spec.numel} weights are not, first {[int(i) for i in at]}, worst {worst:.3g} times the limit",
-            "the scale, the codes or their order are not this weight's (an amax stored as scale, a transposed or another tensor): "
+            "the scale, the codes or their order are not this weight's (an amax stored as scale, a transposed or another tensor)",
             "convert again, or name the source that it was made from",
         )  # fmt: skip
 
@@ -175,7 +184,7 @@ def _config_findings(output: Inventory, source: Inventory) -> Iterator[Finding]:
         yield (error if changed else warning)(
             "passthrough.config", f"config.json: {key}", repr(theirs[key]) if key in theirs else "absent",
             repr(ours[key]) if key in ours else "absent",
-            "only quantization_config may be added: take the rest of config.json over from the source",
+            "only quantization_config may be added", "take the rest of config.json over from the source",
         )  # fmt: skip
 
 
@@ -195,10 +204,17 @@ def _sidecar_findings(output: Inventory, source: Inventory) -> Iterator[Finding]
         if not path.is_file():
             yield error(
                 "passthrough.sidecar-missing", name, "the source's file", "absent",
-                "tokenizer, processor and the like must come along: copy it from the source",
+                "tokenizer, processor and the like must come along", "copy it from the source",
             )  # fmt: skip
         elif not _same_file(path, before):
-            yield error("passthrough.sidecar", name, "the source's bytes", "other bytes", "copy the file from the source again")
+            yield error(
+                "passthrough.sidecar",
+                name,
+                "the source's bytes",
+                "other bytes",
+                "the server would see another file than the source's users",
+                "copy the file from the source again",
+            )
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -1,13 +1,4 @@
-"""The numbers: scales and codes of every quantized tensor, streamed through one buffer.
-
-values.not-finite          a NaN or an infinity: a scale, a code, or an unquantized weight
-values.not-positive        a scale that is zero or negative
-values.scale-range         a scale that no sensible model leads to
-values.all-zero            codes that are all zero
-values.saturated           more codes at the largest value than a scale of amax / 448 leaves there
-values.weight-scale-split  shards of one fused linear with different weight scales
-values.input-scale-split   shards of one fused linear with different input scales
-"""
+"""The numbers: scales and codes of every quantized tensor, streamed through one buffer."""
 
 from __future__ import annotations
 
@@ -20,11 +11,21 @@ from typing import TYPE_CHECKING
 
 from ckptq.checkpoint import Component, Reader, SourceTensor
 from ckptq.scopes import Scope
-from ckptq.validators import Finding, error, warning
+from ckptq.validators import Code, Finding, error, warning
 from ckptq.validators.vllm_rules import server_linears
 
 if TYPE_CHECKING:
     import numpy as np
+
+CODES = {
+    "values.not-finite": Code("a NaN or an infinity: a scale, a code, or an unquantized weight"),
+    "values.not-positive": Code("a scale that is zero or negative"),
+    "values.scale-range": Code("a scale that no sensible model leads to"),
+    "values.all-zero": Code("codes that are all zero"),
+    "values.saturated": Code("more codes at the largest value than a scale of amax / 448 leaves there"),
+    "values.weight-scale-split": Code("shards of one fused linear with different weight scales"),
+    "values.input-scale-split": Code("shards of one fused linear with different input scales"),
+}
 
 CHUNK = 1 << 20
 """Bytes a read: small enough to stay in the processor's cache while it is looked at."""
@@ -68,7 +69,7 @@ def check(root: Path, component: Component, scope: Scope, advance: Callable[[int
             elif tensor.spec.dtype in ("BF16", "F16", "F32") and not _all_finite(reader, tensor, buffer):
                 yield error(
                     "values.not-finite", name, "finite values", "NaN or infinity",
-                    "the source holds them too, or the copy went wrong: compare with --source",
+                    "the source holds them too, or the copy went wrong", "compare with --source",
                 )  # fmt: skip
             advance(tensor.spec.nbytes)
     for name, value in scales.items():
@@ -130,18 +131,18 @@ def _code_findings(name: str, codes: Codes) -> Iterator[Finding]:
     if codes.nan:
         yield error(
             "values.not-finite", name, "no NaN code (0x7F, 0xFF)", f"NaN among {codes.count} codes: {codes.nan}",
-            "the weight was divided by zero or held NaN: look at its amax in the source, then convert again",
+            "the weight was divided by zero or held NaN", "look at its amax in the source, then convert again",
         )  # fmt: skip
     if not codes.nonzero:
         yield warning(
             "values.all-zero", name, "codes other than zero", "all zero",
-            "right only where the source's weight is all zero: compare with --source",
+            "right only where the source's weight is all zero", "compare with --source",
         )  # fmt: skip
     if codes.largest > SATURATED_SHARE * codes.count and codes.count > 64:
         yield warning(
             "values.saturated", name, f"at most {SATURATED_SHARE:.0%} of the codes at the largest value",
             f"{codes.largest / codes.count:.1%}",
-            "the scale is too small and cut the weights off: weight_scale must be amax / 448",
+            "the scale is too small and cut the weights off", "weight_scale must be amax / 448",
         )  # fmt: skip
 
 
@@ -150,30 +151,36 @@ def _scale_findings(name: str, value: float, of_zeros: bool) -> Iterator[Finding
     low, high = PLAUSIBLE[kind]
     if not math.isfinite(value):
         yield error(
-            "values.not-finite", name, "a finite scale", str(value), "everything it touches becomes NaN: calibrate and export again"
+            "values.not-finite",
+            name,
+            "a finite scale",
+            str(value),
+            "everything it touches becomes NaN",
+            "calibrate and export again",
         )
     elif value <= 0:
         yield error(
             "values.not-positive", name, "a scale above zero", f"{value:g}",
-            "vLLM computes with it, or takes a negative KV scale for a missing one, silently: calibrate and export again",
+            "vLLM computes with it, or takes a negative KV scale for a missing one, silently", "calibrate and export again",
         )  # fmt: skip
     elif not low <= value <= high and not (of_zeros and kind == "weight_scale"):
         yield warning(
             "values.scale-range", name, f"between {low:g} and {high:.3g}, as amax / 448 is", f"{value:g}",
-            "an amax, or one divided by a scale, may stand where amax / 448 belongs: compare with --source",
+            "an amax, or one divided by a scale, may stand where amax / 448 belongs", "compare with --source",
         )  # fmt: skip
 
 
 def _group_findings(shards: tuple[str, ...], scales: Mapping[str, float]) -> Iterator[Finding]:
-    for kind, hint in (
-        ("weight_scale", "vLLM decodes the shards and encodes them again under the largest scale, rounding twice; its CPU build "
-         "can't. This is how ModelOpt exports: convert with ckptq, which gives a fused linear one scale"),
-        ("input_scale", "the shards read one input, and vLLM takes the largest scale for all: calibrate them as one"),
+    for kind, effect, mend in (
+        ("weight_scale", "vLLM decodes the shards and encodes them again under the largest scale, rounding twice; its CPU "
+         "build can't",
+         "this is how ModelOpt exports: convert with ckptq, which gives a fused linear one scale"),
+        ("input_scale", "the shards read one input, and vLLM takes the largest scale for all", "calibrate them as one"),
     ):  # fmt: skip
         values = [scales[f"{m}.{kind}"] for m in shards if f"{m}.{kind}" in scales]
         if len(set(values)) > 1 and all(math.isfinite(v) and v > 0 for v in values):
             names = ",".join(m.rpartition(".")[2] for m in shards)
             yield warning(
                 f"values.{kind.replace('_', '-')}-split", f"{shards[0].rpartition('.')[0]}.{{{names}}}.{kind}",
-                "one value for the fused linear", f"values from {min(values):g} to {max(values):g}", hint,
+                "one value for the fused linear", f"values from {min(values):g} to {max(values):g}", effect, mend,
         )  # fmt: skip

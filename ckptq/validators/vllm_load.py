@@ -1,10 +1,6 @@
 """Loads the checkpoint with the real vLLM, in a process of the interpreter that has it, and generates a few tokens.
 
 That it loads proves little (see layout.py); NaN or equal log-probabilities prove a fault.
-
-    server.failed      vLLM stopped with an error
-    server.not-finite  a log-probability is NaN or infinite where it can't be
-    server.flat        every token is as likely as any other, at every position
 """
 
 from __future__ import annotations
@@ -19,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.errors import UnsupportedError
-from ckptq.validators import Finding, error
+from ckptq.validators import Code, Finding, error
+
+CODES = {
+    "server.failed": Code("vLLM stopped with an error"),
+    "server.not-finite": Code("a log-probability is NaN or infinite where it can't be"),
+    "server.flat": Code("every token is as likely as any other, at every position"),
+}
 
 PROMPT = "The sea was calm and the sky was clear, so they put the boat into the water and"
 MAX_MODEL_LEN = 1024
@@ -133,7 +135,7 @@ def _failed(folder: Path, done: subprocess.CompletedProcess[str]) -> Finding:
     ended = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     return error(
         "server.failed", folder.name, "vLLM loads the checkpoint and generates", f"{ended}:\n" + "\n".join(lines),
-        "mend the other findings first; without any, the fault may lie with this vLLM or its settings",
+        "it can't be served", "mend the other findings first; without any, the fault may lie with this vLLM or its settings",
     )  # fmt: skip
 
 
@@ -144,7 +146,7 @@ def judge(logprobs: list[list[float]], vocabulary: int) -> Iterator[Finding]:
     if wrong or not entries:
         yield error(
             "server.not-finite", "log-probabilities", "finite numbers", f"{wrong} of {len(entries)} are NaN or infinite",
-            "a scale is missing, zero or NaN, or a weight holds NaN: mend the other findings",
+            "a scale is missing, zero or NaN, or a weight holds NaN", "mend the other findings",
         )  # fmt: skip
         return
     flat = -math.log(vocabulary)
@@ -153,5 +155,5 @@ def judge(logprobs: list[list[float]], vocabulary: int) -> Iterator[Finding]:
         yield error(
             "server.flat", "log-probabilities", "some tokens likelier than others",
             f"{best[0]:.4f} at every position, which is -ln({vocabulary})",
-            "the logits are constant: lm_head or the last norm is broken, most often an lm_head that the exclude list misses",
+            "the logits are constant", "lm_head or the last norm is broken, most often an lm_head that the exclude list misses",
         )  # fmt: skip
