@@ -547,8 +547,8 @@ def test_kv_scales_on_the_tower_are_explained(copy: Path) -> None:
     assert "visual*" in json.loads((copy / "config.json").read_text(encoding="utf-8"))["quantization_config"]["ignore"]
     (finding,) = validate_folder(copy)
     assert finding.subject == "visual.blocks.{0..3}.attn.k_proj.k_scale, visual.blocks.{0..3}.attn.v_proj.v_scale"
-    assert "KeyError: 'blocks.0.attn.k_proj.k_scale'" in finding.mend
-    assert "`visual*`" in finding.mend
+    assert "KeyError: 'blocks.0.attn.k_proj.k_scale'" in finding.effect
+    assert "`visual*`" in finding.effect
     assert finding.count == 8
 
 
