@@ -1,41 +1,40 @@
 """A checkpoint folder, known by its headers: which tensors lie where, which files come along.
 
 Nothing here imports torch or maps a file. Weights are read with `preadv` into buffers of the caller's, because pages of a
-mapping count as resident memory.
-
-Header layout: 8 bytes little-endian length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data without
-gaps (safetensors 0.8 format description).
+mapping count as resident memory. The folder may be anybody's: no name, size or link in it is trusted.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
-import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 from ckptq.errors import SourceError
+from ckptq.folder import open_regular, printable, refuse_outside, walk
+from ckptq.index import INDEX, Disagreement, compare_index, natural, read_index, refuse_differences
+from ckptq.json_file import read_text_and_json
+from ckptq.safetensors_header import DTYPE_BYTES, FLOATS, Header, SourceTensor, TensorSpec, check_header, read_header
 
-INDEX = "model.safetensors.index.json"
+__all__ = [  # what other modules import from here, wherever it is defined
+    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "STAGING", "WEIGHT_COPIES", "Component", "Disagreement", "Header", "Inventory",
+    "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint", "is_consolidated", "is_weight_copy", "read_config",
+    "read_header", "read_index", "read_inventory",
+]  # fmt: skip
+
 SINGLE = "model.safetensors"
 STAGING = ".ckptq-partial"
 """The folder inside an output in which everything is written before it is published; its presence means: not finished."""
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
-    {
-        **dict.fromkeys(("F64", "I64", "U64"), 8),
-        **dict.fromkeys(("F32", "I32", "U32"), 4),
-        **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-        **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
-    }
-)
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+TENSOR_LIMIT = 1_000_000
+WEIGHT_FILE_LIMIT = 4096
 
 # Further copies of the weights. vLLM 0.32.0 model_loader/default_loader.py: a consolidated*.safetensors switches `auto` to the
 # Mistral loader, which then reads that file alone; stray *.safetensors are read too where no index filters them.
@@ -43,37 +42,17 @@ WEIGHT_COPIES = (
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.safetensors",
     "consolidated*", "original/*", "*.bin.index.json", "*.safetensors.index.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What a safetensors header says of a tensor. `dtype` is safetensors' own word, for example "BF16" or "F8_E4M3"."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A stored tensor: `offset` is in bytes from the start of `file`, which is relative to the checkpoint's folder."""
-
-    spec: TensorSpec
-    file: str
-    offset: int
+_COPIES = re.compile("|".join(fnmatch.translate(pattern) for pattern in WEIGHT_COPIES))
 
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One model of a pipeline: its tensors, its config.json (text and parsed) and the files that travel with it."""
+    """One model of a pipeline: its tensors, its config.json (text and parsed) and the files that travel with it.
+
+    left_out       further copies of the weights, also hidden ones that a server would take for the model
+    indexed        whether there is an index
+    disagreements  empty where the inventory was read strictly
+    """
 
     folder: str
     config_text: str
@@ -82,6 +61,8 @@ class Component:
     weight_files: tuple[str, ...]
     sidecars: tuple[str, ...]
     left_out: tuple[str, ...]
+    indexed: bool = True
+    disagreements: tuple[Disagreement, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -100,172 +81,121 @@ class Inventory:
         return self.components[0]
 
 
-Header = Mapping[str, Any]
-
-
-def read_header(path: Path) -> Header:
-    """The JSON header of a safetensors file, with absolute `data_offsets`, checked against the file's size.
-
-    Raises SourceError for a file that is too short, is no safetensors file, or whose tensors leave gaps or overlap.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise SourceError(
-                    f"{path.name}: truncated or not a safetensors file: the header should be {length} bytes long, "
-                    f"the file has {max(size - 8, 0)} after its length field",
-                    hint="fetch the file again",
-                )
-            raw = json.loads(file.read(length))
-    except OSError as error:
-        raise SourceError(f"{path.name}: can't be read: {error.strerror}", hint="fetch the file again") from error
-    except ValueError as error:
-        raise SourceError(f"{path.name}: its header is not JSON: {error}", hint="fetch the file again") from error
-    return check_header(path.name, raw, start=8 + length, size=size)
-
-
-def check_header(name: str, raw: Any, *, start: int, size: int) -> Header:
-    """`raw` with offsets made absolute, after checking every dtype, shape and range. Pure but for its errors."""
-    if not isinstance(raw, dict):
-        raise SourceError(f"{name}: its header is not a JSON object")
-    entries: dict[str, Any] = {}
-    spans: list[tuple[int, int, str]] = []
-    for key, value in raw.items():
-        if key == "__metadata__":
-            continue
-        try:
-            spec = TensorSpec(key, value["dtype"], tuple(int(n) for n in value["shape"]))
-            begin, end = (int(n) for n in value["data_offsets"])
-            nbytes = spec.nbytes
-        except (KeyError, TypeError, ValueError) as error:
-            raise SourceError(f"{name}: the header entry of {key} can't be understood: {value}") from error
-        if end - begin != nbytes or begin < 0 or min(spec.shape, default=0) < 0:
-            raise SourceError(
-                f"{name}: {key} should take {nbytes} bytes ({spec.dtype} {list(spec.shape)}), the header gives it {end - begin}"
-            )
-        entries[key] = {"dtype": spec.dtype, "shape": spec.shape, "offset": start + begin}
-        spans.append((begin, end, key))
-    at = 0
-    for begin, end, key in sorted(spans):
-        if begin != at:
-            raise SourceError(f"{name}: {key} starts at byte {begin} of the data, expected {at}: a gap or an overlap")
-        at = end
-    if start + at != size:
-        raise SourceError(
-            f"{name}: truncated or overlong: the header describes {start + at} bytes, the file has {size}",
-            hint="fetch the file again",
-        )
-    return entries
-
-
-def read_inventory(root: Path, header: Callable[[Path], Header] = read_header) -> Inventory:
+def read_inventory(root: Path, header: Callable[[Path], Header] = read_header, *, strict: bool = True) -> Inventory:
     """The checkpoint in `root`. `header` reads one weight file's header; a Hub source passes one that asks the Hub.
 
-    Raises SourceError where a file is missing or index and shards disagree.
+    Raises SourceError where a file is missing or is none, and, if `strict`, where index and shards disagree. Otherwise what
+    vLLM 0.32 would load is read (without an index every *.safetensors), and `Component.disagreements` says what is wrong.
     """
-    if not root.is_dir():
-        raise SourceError(f"{root}: no such folder", hint="give a folder, or a Hub id as org/name[@revision]")
-    return Inventory(root, (_read_component(root, "", header),))
+    try:
+        if not root.is_dir():
+            raise SourceError(f"{root}: no such folder", hint="give a folder, or a Hub id as org/name[@revision]")
+        return Inventory(root, (_read_component(root, "", header, strict),))
+    except OSError as error:
+        raise SourceError(f"{printable(str(error.filename or root))}: can't be read: {error.strerror}") from error
 
 
-def _read_component(root: Path, folder: str, header: Callable[[Path], Header]) -> Component:
+def _read_component(root: Path, folder: str, header: Callable[[Path], Header], strict: bool) -> Component:
     base = root / folder
     text, config = read_config(base)
     weight_map = read_index(base)
-    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    files = _weight_files(base, weight_map, strict)
     tensors: dict[str, SourceTensor] = {}
+    noted: list[Disagreement] = []
     for file in files:
-        if header is read_header and not (base / file).is_file():
-            found = sorted(p.name for p in base.glob("*.safetensors"))
-            named = f"named by {INDEX}" if weight_map is not None else f"expected where there is no {INDEX}"
-            raise SourceError(
-                f"{file}: missing, {named}; found {', '.join(found) or 'no *.safetensors'} in {base}",
-                hint="fetch the checkpoint again" if found else "ckptq reads safetensors checkpoints only",
-            )
+        if header is read_header:
+            _refuse_absent(base, file, weight_map is not None)
         for name, entry in header(base / file).items():
+            tensor = SourceTensor(TensorSpec(name, entry["dtype"], entry["shape"]), file, entry["offset"])
             if name in tensors:
-                raise SourceError(f"{name}: stored twice, in {tensors[name].file} and in {file}")
-            tensors[name] = SourceTensor(TensorSpec(name, entry["dtype"], entry["shape"]), file, entry["offset"])
+                noted.append(Disagreement("stored-twice", name, file, tensors[name].file, tensors[name]))
+                if strict:
+                    raise SourceError(f"{printable(name)}: stored twice, in {tensors[name].file} and in {file}")
+            tensors[name] = tensor
+        if len(tensors) + len(noted) > TENSOR_LIMIT:
+            raise SourceError(f"{base}: expected at most {TENSOR_LIMIT} tensors, found more")
     if weight_map is not None:
-        _compare_index(weight_map, tensors)
+        differences = compare_index(weight_map, tensors, twice={d.name for d in noted})
+        if strict:
+            refuse_differences(differences)
+        noted += differences
     sidecars, left_out = _other_files(base, files)
     return Component(
-        folder, text, MappingProxyType(config), MappingProxyType(tensors), tuple(files), tuple(sidecars), tuple(left_out)
+        folder,
+        text,
+        MappingProxyType(config),
+        MappingProxyType(tensors),
+        tuple(files),
+        tuple(sidecars),
+        tuple(left_out),
+        weight_map is not None,
+        tuple(noted),
     )
 
 
+def _weight_files(base: Path, weight_map: Mapping[str, str] | None, strict: bool) -> list[str]:
+    """The files that hold the model, in the order in which vLLM reads them, so that of two equal names the later counts.
+
+    vLLM 0.32.0 model_loader/default_loader.py _prepare_weights; the order: weight_utils.py safetensors_weights_iterator.
+    """
+    names: Collection[str] = [SINGLE]
+    if weight_map is not None:
+        names = set(weight_map.values())
+    elif not strict:
+        found = [path.name for path in base.iterdir() if path.name.endswith(".safetensors")]
+        names = [name for name in found if not name.startswith(".") and not is_consolidated(name)] or [SINGLE]
+    if len(names) > WEIGHT_FILE_LIMIT:
+        raise SourceError(f"{base}: expected at most {WEIGHT_FILE_LIMIT} weight files, found {len(names)}")
+    return sorted(names, key=natural)
+
+
+def _refuse_absent(base: Path, file: str, indexed: bool) -> None:
+    refuse_outside(base / file, base)
+    if not (base / file).exists():
+        found = [printable(p.name) for p in sorted(base.glob("*.safetensors"))]
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        named = f"named by {INDEX}" if indexed else f"expected where there is no {INDEX}"
+        raise SourceError(
+            f"{file}: missing, {named}; found {', '.join(found[:8]) or 'no *.safetensors'}{more} in {base}",
+            hint="fetch the checkpoint again" if found else "ckptq reads safetensors checkpoints only",
+        )
+
+
 def read_config(base: Path) -> tuple[str, dict[str, Any]]:
-    """config.json as text and parsed."""
+    """config.json as text, line ends as they are, and parsed."""
     try:
-        text = (base / "config.json").read_bytes().decode()  # line ends as they are
-        config = json.loads(text)
+        text, config = read_text_and_json(base / "config.json")
     except FileNotFoundError:
         raise SourceError(f"{base}: has no config.json, so it is no Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{base / 'config.json'}: can't be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise SourceError(f"{base / 'config.json'}: expected a JSON object, found {type(config).__name__}")
     return text, config
 
 
-def read_index(base: Path) -> dict[str, str] | None:
-    """The weight_map of the index, {tensor: file}, or None where there is no index."""
-    path = base / INDEX
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{path}: can't be read as an index with a weight_map: {error!r}") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path}: its weight_map is empty or no JSON object")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise SourceError(f"{path}: {name} is said to lie in {file!r}, expected a *.safetensors file of this folder")
-    return weight_map
+def _other_files(base: Path, weights: Collection[str]) -> tuple[list[str], list[str]]:
+    """Files that travel along, and further copies of the weights, which are left out; both relative to `base`.
 
-
-def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, SourceTensor]) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise SourceError(f"{name}: the index says it is in {file}, which does not hold it", hint="fetch the checkpoint again")
-        if tensors[name].file != file:
-            raise SourceError(f"{name}: the index says it is in {file}, it is in {tensors[name].file}")
-    if extra := sorted(set(tensors) - set(weight_map)):
-        raise SourceError(
-            f"{extra[0]}: stored in {tensors[extra[0]].file} but not in the index ({len(extra)} such tensors); "
-            "a server would load it all the same",
-            hint="mend the index, or remove the tensor",
-        )
-
-
-def _other_files(base: Path, weights: list[str]) -> tuple[list[str], list[str]]:
-    """Files that travel along, and further copies of the weights, which are left out; both relative to `base`."""
+    Of hidden folders vLLM sees one thing: a consolidated*.safetensors (transformers_utils/repo_utils.py list_repo_files).
+    """
     kept: list[str] = []
     left: list[str] = []
-    for path in _walk(base):
-        name = path.relative_to(base).as_posix()
-        if name in weights or name in ("config.json", INDEX):
+    own = {*weights, "config.json", INDEX}
+    for name, hidden in walk(base):
+        if hidden and not is_consolidated(name):
             continue
-        (left if is_weight_copy(name) else kept).append(name)
+        if name not in own:
+            (left if is_weight_copy(name) else kept).append(name)
     return kept, left
 
 
 def is_weight_copy(name: str) -> bool:
     """Whether the file holds, or indexes, another copy of the weights."""
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(Path(name).name, p) for p in WEIGHT_COPIES)
+    return bool(_COPIES.match(name) or _COPIES.match(name.rpartition("/")[2]))
 
 
-def _walk(base: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(base):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-        for file in sorted(files):
-            path = Path(folder) / file
-            if not path.is_file():
-                raise SourceError(f"{path}: not a readable file (a dangling link?)", hint="fetch the checkpoint again")
-            yield path
+def is_consolidated(name: str) -> bool:
+    """Whether vLLM takes a folder with this file in it, at any depth, for one in Mistral's own format."""
+    return fnmatch.fnmatchcase(name.rpartition("/")[2], "consolidated*.safetensors")
 
 
 def fingerprint(root: Path, component: Component) -> str:
@@ -278,7 +208,7 @@ def fingerprint(root: Path, component: Component) -> str:
     for name, tensor in sorted(component.tensors.items()):
         digest.update(f"{name}|{tensor.spec.dtype}|{tensor.spec.shape}|{tensor.file}|{tensor.offset}\n".encode())
     for file in component.weight_files:
-        fd = os.open(root / component.folder / file, os.O_RDONLY)
+        fd = _open(root / component.folder / file)
         try:
             size = os.fstat(fd).st_size
             for spot in range(64):
@@ -288,12 +218,25 @@ def fingerprint(root: Path, component: Component) -> str:
     return digest.hexdigest()
 
 
+def _open(path: Path) -> int:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        hint = "raise the limit of open files: `ulimit -n 8192`" if error.errno == errno.EMFILE else None
+        raise SourceError(f"{printable(path.name)}: can't be read: {error.strerror}", hint=hint) from error
+
+
 class Reader:
     """Bounded reads from a component's weight files, from any thread. Holds one descriptor a file; use it as a context."""
 
     def __init__(self, root: Path, component: Component) -> None:
-        base = root / component.folder
-        self._files = {file: os.open(base / file, os.O_RDONLY) for file in component.weight_files}
+        self._files: dict[str, int] = {}
+        try:
+            for file in component.weight_files:
+                self._files[file] = _open(root / component.folder / file)
+        except SourceError:
+            self.close()
+            raise
 
     def read_into(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
         """Fills `buffer` with the tensor's bytes from `start` on (bytes from the tensor's own start)."""
@@ -301,7 +244,7 @@ class Reader:
         while done < len(buffer):
             count = os.preadv(self._files[tensor.file], [buffer[done:]], tensor.offset + start + done)
             if count == 0:
-                raise SourceError(f"{tensor.file}: ended while {tensor.spec.name} was read; was it changed meanwhile?")
+                raise SourceError(f"{tensor.file}: ended while {printable(tensor.spec.name)} was read; was it changed meanwhile?")
             done += count
 
     def close(self) -> None:

@@ -10,9 +10,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from ckptq.console import Console
+    from ckptq.reports import Asked, Outcome
 
 Format = Literal["human", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="human: tables; json: one object on stdout.")]
@@ -69,32 +73,91 @@ def convert(
 
 @app.command()
 def validate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="DIR", help="A quantized checkpoint: a folder, or a Hub id org/name[@revision].")
+    ],
     source: Annotated[
         str | None, typer.Option("--source", metavar="SRC", help="What it was made from: untouched tensors must be equal to it.")
     ] = None,
-    load: Annotated[bool, typer.Option("--load", help="Also load it with the real vLLM, and generate.")] = False,
-    vllm_python: Annotated[Path, typer.Option("--vllm-python", metavar="PYTHON", help="The interpreter that has vLLM.")] = Path(
-        sys.executable
-    ),
-    format: FormatOption = "human",
+    no_values: Annotated[
+        bool, typer.Option("--no-values", help="Names, dtypes, shapes and configs alone; of a Hub model only headers are read.")
+    ] = False,
+    vllm: Annotated[str, typer.Option("--vllm", metavar="VERSION", help="The version of vLLM that will serve it.")] = "0.32",
+    tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, help="Tensor parallel size that it will be served with.")] = 1,
+    ep: Annotated[bool, typer.Option("--ep", help="It will be served expert parallel.")] = False,
+    load: Annotated[bool, typer.Option("--load", help="Also load it with the real vLLM, and look at what was loaded.")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Also generate with the real vLLM; implies --load.")] = False,
+    vllm_python: Annotated[
+        Path, typer.Option("--vllm-python", metavar="PYTHON", help="The interpreter that has vLLM.", show_default="this one")
+    ] = Path(sys.executable),
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
+    format: Annotated[
+        Literal["human", "json", "junit", "github"],
+        typer.Option("--format", help="What goes to stdout; github: annotations for a workflow."),
+    ] = "human",
+    report: Annotated[
+        list[str] | None,
+        typer.Option("--report", metavar="FORMAT=FILE", help="Also write json=FILE or junit=FILE, whatever happens; repeatable."),
+    ] = None,
 ) -> None:
-    """Say whether vLLM will serve a checkpoint right. Exit code 1 where it will not."""
-    from ckptq import hub, render
-    from ckptq.console import Console
-    from ckptq.validate import has_errors, validate_folder
+    """Say whether vLLM will serve a checkpoint right. Exit code 1 where it will not, 2 where it can't be read."""
+    from dataclasses import replace
 
-    console = Console(format)
-    origin = hub.fetch(source, weights=True).root if source else None
-    findings = validate_folder(folder, source=origin, progress=console)
+    from ckptq import reports
+    from ckptq.console import Console
+    from ckptq.reports.human import show
+    from ckptq.validators.servers import find_server
+
+    kept = reports.destinations(report or ())
+    asked = reports.Asked(source, not no_values, load or generate, generate, strict, tp=tp, ep=ep)
+    console = Console()
+
+    def tell(outcome: reports.Outcome) -> None:
+        if format != "human":
+            print(reports.written(format, outcome), end="", flush=True)
+        elif outcome.refusal is None:
+            show(console, outcome)
+        for path, kind in kept.items():
+            path.write_text(reports.written(kind, outcome), encoding="ascii")
+
+    try:
+        asked = replace(asked, server=find_server(vllm))
+        outcome = _validated(checkpoint, asked, vllm_python, console)
+    except Exception as problem:
+        tell(reports.refused(checkpoint, asked, problem))
+        raise
+    tell(outcome)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _validated(checkpoint: str, asked: Asked, python: Path, console: Console) -> Outcome:
+    from dataclasses import asdict
+
+    from ckptq import hub
+    from ckptq.reports import Checked, Outcome
+    from ckptq.validate import group, validate_folder
+
+    opened = hub.fetch(checkpoint, weights=asked.values or asked.load or asked.source is not None)
+    origin = hub.fetch(asked.source, weights=True).root if asked.source else None
+    findings = validate_folder(
+        opened.root,
+        source=origin,
+        values=asked.values,
+        progress=console,
+        header=opened.header,
+        server=asked.server,
+        tp=asked.tp,
+        ep=asked.ep,
+    )
     served = None
-    if load:
+    if asked.load:
         from ckptq.validators import vllm_load
 
-        served = vllm_load.load(folder, vllm_python)
-        findings = [*findings, *served.findings]
-    console.result(render.findings_data(folder, findings, served), lambda: render.show_findings(console, folder, findings, served))
-    raise typer.Exit(int(has_errors(findings)))
+        served = vllm_load.load(opened.root, python)
+        findings = group([*findings, *served.findings])
+    checked = tuple(Checked(what, *amount, console.seconds[what]) for what, amount in console.amounts.items())
+    facts = {key: value for key, value in asdict(served).items() if key != "findings"} if served else None
+    return Outcome(checkpoint, asked, tuple(findings), checked, opened.label, facts)
 
 
 @app.command()
@@ -212,9 +275,11 @@ def _resume_hint(arguments: list[str]) -> str | None:
 
 
 def _say(text: str, hint: str | None) -> None:
-    print(text, file=sys.stderr)
+    from ckptq.reports import printable  # a checkpoint's names may be in it
+
+    print(printable(text, lines=True), file=sys.stderr)
     if hint:
-        print(f"  {hint}", file=sys.stderr)
+        print(f"  {printable(hint, lines=True)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
-Unit = Literal["bytes", "layers", "samples", "steps"]
+Unit = Literal["bytes", "layers", "samples", "steps", "tensors"]
 Advance = Callable[[int], None]
 LOG_EVERY = 30.0
 """Seconds between two lines of one stage in a log."""
@@ -29,6 +29,7 @@ class Console:
         self.format = format
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
+        self.amounts: dict[str, tuple[int, Unit]] = {}
 
     def note(self, text: str) -> None:
         """One line of talk."""
@@ -41,12 +42,13 @@ class Console:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: Unit = "steps") -> Iterator[Advance]:
-        """Shows progress of `total` units while the block runs and keeps its seconds. Yields `advance(n)`."""
+        """Shows progress of `total` units while the block runs; keeps its seconds and amount. Yields `advance(n)`."""
         start = time.monotonic()
         shown = self._log if self.quiet or not sys.stderr.isatty() else self._bar
         with shown(name, total, unit) as advance:
             yield advance
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+        self.amounts[name] = (self.amounts.get(name, (0, unit))[0] + total, unit)
 
     @contextmanager
     def _bar(self, name: str, total: int, unit: Unit) -> Iterator[Advance]:

@@ -34,8 +34,12 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
     """The plan for one component.
 
     Raises RecipeError for patterns that match nothing or split a fused group, SourceError for tensors that the config calls
-    for and the files lack, UnsupportedError for a source that is quantized already.
+    for and the files lack, UnsupportedError for a source that is quantized already, or has routed experts.
     """
+    if scope.experts is not None:
+        raise UnsupportedError(
+            f"scope {scope.name}: routed experts can't be converted yet", hint="`ckptq validate` knows such checkpoints"
+        )
     layers = scope.layer_count(component.config)
     linears = language_linears(component, scope)
     decisions = decide(recipe, component, scope)

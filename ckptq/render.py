@@ -17,9 +17,9 @@ from ckptq.errors import CkptqError, UnsupportedError
 from ckptq.plan import Decision, module_of
 from ckptq.planner import decide
 from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
+from ckptq.reports import verdict
+from ckptq.reports.human import show_findings
 from ckptq.scopes import Scope, find_scope
-from ckptq.validators import Finding
-from ckptq.validators.vllm_load import Served
 
 
 def plan_data(job: Prepared) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def show_plan(console: Console, job: Prepared) -> None:
         facts.append(("calibration", f"{work}: {times}"))
     else:
         facts.append(("calibration", "not needed"))
-    facts.append(("layout check", _verdict(job.findings)))
+    facts.append(("layout check", verdict(job.findings)))
     console.table("", ("", ""), facts)
-    _show_findings(console, job.findings)
+    show_findings(console, job.findings)
 
 
 def grouped(decisions: Sequence[Decision]) -> list[tuple[str, str, str, int]]:
@@ -96,46 +96,12 @@ def show_report(console: Console, report: Report) -> None:
         ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in report.tensors.items())),
         ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items()) or "-"),
         ("peak memory", size(report.peak_rss) + (f", {size(report.peak_gpu)} on the GPU" if report.peak_gpu else "")),
-        ("verdict", _verdict(report.findings)),
+        ("verdict", verdict(report.findings)),
         ("note", "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"),
     ]
     console.table("Done", ("", ""), rows)
     console.show(f"serve it: {_serve(report.output)}")  # a line of its own: a table would fold a long path
-    _show_findings(console, report.findings)
-
-
-def findings_data(folder: Path, findings: Sequence[Finding], served: Served | None) -> dict[str, Any]:
-    """`validate --format json`. `server` is what the real vLLM did, or null without --load."""
-    server = {key: value for key, value in asdict(served).items() if key != "findings"} if served else None
-    return {"checkpoint": str(folder), "ok": not _errors(findings), "findings": [asdict(f) for f in findings], "server": server}
-
-
-def show_findings(console: Console, folder: Path, findings: Sequence[Finding], served: Served | None) -> None:
-    """`validate`: every finding, what the real server did, then the verdict."""
-    _show_findings(console, findings)
-    if served and served.version:
-        console.show(
-            f"vLLM {served.version} loaded it as {served.quantization} in {duration(served.load_seconds)}; from the prompt it goes "
-            f"on with {served.text!r}"
-        )
-    console.show(f"{folder}: {_verdict(findings)}")
-
-
-def _show_findings(console: Console, findings: Sequence[Finding]) -> None:
-    for f in findings:
-        console.show(f"{f.severity}: {f.code}: {f.subject}")
-        console.show(f"    expected {f.expected}\n    found    {f.found}\n    effect   {f.effect}\n    mend     {f.mend}")
-
-
-def _errors(findings: Sequence[Finding]) -> int:
-    return sum(f.severity == "error" for f in findings)
-
-
-def _verdict(findings: Sequence[Finding]) -> str:
-    errors, warnings = _errors(findings), len(findings) - _errors(findings)
-    if not findings:
-        return "OK: no findings"
-    return f"{'FAILED' if errors else 'OK'}: {errors} errors, {warnings} warnings"
+    show_findings(console, report.findings)
 
 
 def _serve(folder: Path) -> str:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptq.checkpoint import STAGING, Inventory, read_inventory
-from ckptq.console import Console, number_runs
+from ckptq.checkpoint import STAGING, Header, Inventory, read_header, read_inventory
+from ckptq.console import Console
 from ckptq.errors import SourceError
-from ckptq.plan import Plan
+from ckptq.json_file import read_json
+from ckptq.plan import Plan, module_of
 from ckptq.scopes import Scope, find_scope
-from ckptq.validators import Finding, Stored, configs, layout
+from ckptq.validators import Finding, Stored, configs, files, kv, layout, parallel, strays
+from ckptq.validators.expected import expect
+from ckptq.validators.grouping import group, has_errors
+from ckptq.validators.servers import DEFAULT, Server
 
-_SHOWN = 3
-"""Names in one finding's subject; the rest is counted."""
-_FIRST = " (in the first)"
+__all__ = ["group", "has_errors", "refuse_unfinished", "validate_folder", "validate_plan"]
 
 
 def validate_plan(plan: Plan, scope: Scope) -> list[Finding]:
     """What the server would find wrong with the output of this plan: names, dtypes, shapes, configs. Pure, no torch."""
     other = plan.files.get(configs.OTHER)
     stored = Stored(json.loads(plan.files["config.json"]), json.loads(other) if other else None, plan.tensors)
-    return group(_layout(stored, scope))
+    return group(_layout(stored, scope, DEFAULT, 1, False))
 
 
 def validate_folder(
@@ -36,21 +36,27 @@ def validate_folder(
     passthrough: bool = True,
     staged: bool = False,
     progress: Console | None = None,
+    header: Callable[[Path], Header] = read_header,
+    server: Server = DEFAULT,
+    tp: int = 1,
+    ep: bool = False,
 ) -> list[Finding]:
     """What is wrong with the checkpoint in `folder`, errors first.
 
     `source` is the checkpoint that it was made from; without it passthrough is left out. `staged`: the folder is the inside of an
-    unfinished job, looked at before it is published.
+    unfinished job, looked at before it is published. `header` reads the header of a weight file, where it may lie elsewhere.
     Raises SourceError for a folder that can't be read or is an unfinished conversion, UnsupportedError where no scope fits.
     """
     refuse_unfinished(folder, staged=staged)
-    inventory = read_inventory(folder)
+    inventory = read_inventory(folder, header, strict=False)
     main = inventory.main
     scope = find_scope(main.config)
     tensors = {name: tensor.spec for name, tensor in main.tensors.items()}
-    findings = list(_layout(Stored(main.config, _other_config(folder), tensors), scope))
-    findings += configs.check_files(folder, main)
     talk = progress or Console(quiet=True)
+    with talk.stage("layout", len(tensors), "tensors") as advance:
+        findings = list(_layout(Stored(main.config, _other_config(folder), tensors), scope, server, tp, ep))
+        findings += files.check(folder, main, values=values)
+        advance(len(tensors))
     if values:
         findings += _values(inventory, scope, talk)
     if source is not None and passthrough:
@@ -76,21 +82,26 @@ def refuse_unfinished(folder: Path, *, staged: bool = False) -> None:
         )
 
 
-def _layout(stored: Stored, scope: Scope) -> Iterator[Finding]:
-    yield from configs.check(stored, scope)
-    settings = configs.settings(stored, scope)
-    if settings is not None and configs.checkable(settings):
-        yield from layout.check(stored, scope, settings)
+def _layout(stored: Stored, scope: Scope, server: Server, tp: int, ep: bool) -> Iterator[Finding]:
+    yield from configs.check(stored, scope, server)
+    settings = configs.settings(stored, scope, server)
+    if settings is None:
+        return
+    at = expect(stored, scope, settings)
+    for validator in (layout, strays, kv):
+        yield from validator.check(at)
+    if tp > 1 or ep:
+        shapes = {module_of(name): spec.shape for name, spec in stored.tensors.items() if name.endswith(".weight")}
+        linears = dict.fromkeys(at.linears.values())
+        built = ((linear, at.format_of(linear.shards[0])) for linear in linears)
+        yield from parallel.check(scope, stored.config, built, shapes, tp, ep=ep, server=server)
 
 
 def _other_config(folder: Path) -> Mapping[str, Any] | None:
     path = folder / configs.OTHER
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: can't be read as JSON: {error}") from error
+    data = read_json(path)
     if not isinstance(data, dict):
         raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
@@ -108,55 +119,3 @@ def _passthrough(output: Inventory, source: Inventory, talk: Console) -> list[Fi
 
     with talk.stage("passthrough", output.main.nbytes, "bytes") as advance:
         return list(passthrough.check(output, source, advance))
-
-
-def group(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding for one fault: layers as `{0..27}`, and other names with the same story beside them. Errors come first.
-
-    Where the places differ in what was found, the first one's is shown.
-    """
-    by_layer: dict[tuple[str, ...], list[tuple[int, Finding]]] = {}
-    for finding in findings:
-        template, number = _template(finding.subject)
-        by_layer.setdefault((finding.code, finding.severity, template, finding.expected, finding.mend), []).append(
-            (number, finding)
-        )
-    by_story: dict[tuple[str, ...], list[Finding]] = {}
-    for (code, severity, template, expected, mend), places in by_layer.items():
-        joined = _join_layers(template, places)
-        story = re.sub(r"[\d.]+(e[+-]?\d+)?", "#", joined.found.removesuffix(_FIRST))
-        by_story.setdefault((code, severity, expected, mend, story), []).append(joined)
-    joined_all = [_join_names(same) for same in by_story.values()]
-    return sorted(joined_all, key=lambda f: f.severity != "error")
-
-
-def has_errors(findings: Iterable[Finding]) -> bool:
-    """Whether any finding says that the server would refuse the checkpoint or answer wrongly."""
-    return any(f.severity == "error" for f in findings)
-
-
-def _template(subject: str) -> tuple[str, int]:
-    """`a.layers.3.b` -> (`a.layers.#.b`, 3): the number of a layer or block, or -1 where there is none."""
-    match = re.search(r"(?<=(?:layers|blocks)\.)\d+(?=\.)", subject)
-    return (subject[: match.start()] + "#" + subject[match.end() :], int(match[0])) if match else (subject, -1)
-
-
-def _join_layers(template: str, places: Sequence[tuple[int, Finding]]) -> Finding:
-    if len(places) == 1:
-        return places[0][1]
-    return _join([f for _, f in places], template.replace("#", number_runs(number for number, _ in places)))
-
-
-def _join(same: Sequence[Finding], subject: str) -> Finding:
-    """The first of `same`, for all of them. What was found may differ: the first text stands for all, and says so."""
-    differ = len({f.found for f in same}) > 1 and not same[0].found.endswith(_FIRST)
-    return dataclasses.replace(
-        same[0], subject=subject, found=same[0].found + (_FIRST if differ else ""), count=sum(f.count for f in same)
-    )
-
-
-def _join_names(same: Sequence[Finding]) -> Finding:
-    if len(same) == 1:
-        return same[0]
-    more = f" and {len(same) - _SHOWN} more" if len(same) > _SHOWN else ""
-    return _join(same, ", ".join(f.subject for f in same[:_SHOWN]) + more)

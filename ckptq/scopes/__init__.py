@@ -11,9 +11,15 @@ import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ckptq.errors import SourceError, UnsupportedError
+
+MOST_LAYERS, MOST_EXPERTS = 4096, 4096
+"""More than any model has: a config.json that says otherwise must not make anybody count that far."""
+
+
+Split = Literal["heads", "rows", "columns", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +27,12 @@ class Fused:
     """One linear as the server builds it, and the modules of the checkpoint whose rows it stacks (its shards).
 
     `shards` share one input, and one weight scale where the format is per tensor. Names are relative to the layer or tower.
+    `split` is what tensor parallelism shares out between ranks: rows by attention heads, rows, columns, or nothing.
     """
 
     runtime: str
     shards: tuple[str, ...]
+    split: Split = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,28 @@ class Tower:
     prefix: str
     depth: str
     linears: tuple[Fused, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of a layer, which the server builds as one module. Names are relative to the layer.
+
+    runtime       that module
+    groups        the linears of one expert that share a slot there: (gate, up), (down,); `{e}` is the expert's number
+    linears       further linears of a layer that has experts: the router
+    dense         prefix of the linears that such a layer does without
+    count         key of the number of experts in the language model's config
+    step          key of n, where only every nth layer has experts, or ""
+    dense_layers  key of a list of layers without experts, or ""
+    """
+
+    runtime: str
+    groups: tuple[tuple[str, ...], ...]
+    linears: tuple[Fused, ...]
+    dense: str
+    count: str
+    step: str = ""
+    dense_layers: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +88,8 @@ class Scope:
     server_prefix  (checkpoint prefix, server prefix), the server's own mapping in its order
     server_layers  the server's prefix of the decoder layers
     server_kept    the server's names of the linears among `kept`, which its exclude list must reach
+    experts        the routed experts, where the family has them
+    explicit_head_dim  whether the server takes head_dim from config.json where it is there
     """
 
     name: str
@@ -75,6 +107,8 @@ class Scope:
     server_prefix: tuple[tuple[str, str], ...]
     server_layers: str
     server_kept: tuple[str, ...]
+    experts: Experts | None = None
+    explicit_head_dim: bool = False
 
     def canonical(self, name: str) -> str:
         """A source name in canonical form: `model.language_model.layers.0.x` -> `model.layers.0.x`."""
@@ -102,8 +136,21 @@ class Scope:
     def layer_count(self, config: Mapping[str, Any]) -> int:
         """`num_hidden_layers`. Raises SourceError where config.json does not give it."""
         count = self.text(config).get("num_hidden_layers")
-        if not isinstance(count, int) or count < 1:
-            raise SourceError(f"config.json: num_hidden_layers should be a positive integer, found {count!r}")
+        if type(count) is not int or not 1 <= count <= MOST_LAYERS:
+            raise SourceError(f"config.json: num_hidden_layers should be an integer from 1 to {MOST_LAYERS}, found {count!r:.80}")
+        return count
+
+    def expert_count(self, config: Mapping[str, Any], layer: int) -> int:
+        """How many routed experts a layer has; 0 for a dense one. Raises SourceError where config.json does not give it."""
+        if self.experts is None:
+            return 0
+        text = self.text(config)
+        count = text.get(self.experts.count)
+        if type(count) is not int or not 0 <= count <= MOST_EXPERTS:
+            raise SourceError(f"config.json: {self.experts.count} should be an integer up to {MOST_EXPERTS}, found {count!r:.80}")
+        dense, step = text.get(self.experts.dense_layers) or (), text.get(self.experts.step, 1)
+        if (isinstance(dense, list) and layer in dense) or (isinstance(step, int) and step > 1 and (layer + 1) % step):
+            return 0
         return count
 
 

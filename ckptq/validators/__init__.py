@@ -5,7 +5,7 @@ Each module lists its codes in `CODES`, with the file of the server that a rule 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,3 +64,8 @@ def error(code: str, subject: str, expected: str, found: str, effect: str, mend:
 def warning(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:
     """A finding that means: works, but is fragile or lossy."""
     return Finding(code, "warning", subject, expected, found, effect, mend)
+
+
+def has_errors(findings: Iterable[Finding]) -> bool:
+    """Whether any finding says that the server would refuse the checkpoint or answer wrongly."""
+    return any(f.severity == "error" for f in findings)

@@ -6,179 +6,173 @@ quantized checkpoint for completeness (model_executor/model_loader/default_loade
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 from ckptq.checkpoint import FLOATS, TensorSpec
-from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, Stored, error, warning
-from ckptq.validators.configs import Settings
-from ckptq.validators.vllm_rules import (
-    KVSlot,
-    Parameter,
-    ServerLinear,
-    Treatment,
-    idle_patterns,
-    kv_slot,
-    packed_modules,
-    parameters,
-    server_linears,
-    server_patterns,
-    treatment,
-)
+from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators.expected import Expected, idle_entries
+from ckptq.validators.formats import Format
+from ckptq.validators.vllm_rules import Parameter, ServerLinear
 
+_QUANT = "vLLM 0.32.0 model_executor/layers/quantization"
+_LOADER = "vLLM 0.32.0 model_executor/model_loader/default_loader.py load_weights"
 CODES = {
-    "layout.not-excluded": Code("built quantized, stored in the source's dtype"),
-    "layout.excluded": Code("excluded, yet stored in FP8"),
-    "layout.split-exclude": Code("the exclude list names some shards of a fused linear"),
-    "layout.missing-tensor": Code("a tensor that the server reads is not stored"),
-    "layout.unknown-tensor": Code("a stored tensor that the server has no place for"),
-    "layout.missing-scale": Code("a quantized linear lacks weight_scale or input_scale"),
-    "layout.stray-scale": Code("a scale where nothing is quantized"),
-    "layout.scale-dtype": Code("a scale that is not F32"),
-    "layout.scale-shape": Code("a scale that is neither [] nor [1]"),
-    "layout.weight-dtype": Code("a weight in a dtype that the server would misread"),
-    "layout.shape": Code("a shape that config.json contradicts"),
-    "layout.shard-width": Code("shards of one fused linear with different inputs"),
-    "layout.kv-missing": Code("some attention layers have KV scales, this one lacks one"),
-    "layout.kv-absent": Code("an FP8 KV cache is declared, and no layer has a scale"),
-    "layout.kv-undeclared": Code("KV scales are stored, and no FP8 KV cache is declared"),
-    "layout.kv-misplaced": Code("a K scale beside v_proj, or a V scale beside k_proj"),
-    "layout.kv-on-tower": Code("KV scales outside the language model"),
+    "layout.not-excluded": Code(
+        "built quantized, stored in the source's dtype", f"{_QUANT}/modelopt.py, fp8.py, compressed_tensors.py get_quant_method"
+    ),
+    "layout.excluded": Code("excluded, yet stored in FP8", f"{_QUANT}/modelopt.py, fp8.py, compressed_tensors.py get_quant_method"),
+    "layout.split-exclude": Code(
+        "the exclude list names some shards of a fused linear",
+        f"{_QUANT}/utils/quant_utils.py is_layer_skipped, compressed_tensors/utils.py should_ignore_layer",
+    ),
+    "layout.missing-tensor": Code("a tensor that the server reads is not stored", _LOADER),
+    "layout.missing-scale": Code(
+        "a quantized linear lacks a scale",
+        f"{_QUANT}/utils/fp8_utils.py create_fp8_scale_parameter; modelopt.py ModelOptFp8MoEMethod",
+    ),
+    "layout.stray-scale": Code(
+        "a scale where nothing is quantized, or none that this format has",
+        "vLLM 0.32.0 model_executor/models/utils.py AutoWeightsLoader; models/qwen3_moe.py load_weights drops it",
+    ),
+    "layout.scale-dtype": Code("a scale that is not F32", "vLLM 0.32.0 model_executor/parameter.py"),
+    "layout.scale-shape": Code(
+        "a scale of a shape that the server does not take for this format", "vLLM 0.32.0 model_executor/parameter.py"
+    ),
+    "layout.weight-dtype": Code("a weight in a dtype that the server would misread", "vLLM 0.32.0 model_executor/parameter.py"),
+    "layout.shape": Code(
+        "a shape that config.json contradicts", "vLLM 0.32.0 model_executor/parameter.py load_column_parallel_weight"
+    ),
+    "layout.shard-width": Code("shards of one fused linear with different inputs", "vLLM 0.32.0 model_executor/layers/linear.py"),
 }
 
-SCALES = ("weight_scale", "input_scale")
-KV_SCALES = ("k_scale", "v_scale")
+SCALE_KINDS = ("weight_scale", "weight_scale_inv", "input_scale")
+_ROUNDED = ("BF16", "F16")
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """The server's side of the comparison, made once for a checkpoint."""
-
-    scope: Scope
-    settings: Settings
-    tensors: Mapping[str, TensorSpec]
-    parameters: Mapping[str, Parameter]
-    linears: Mapping[str, ServerLinear]
-    """By checkpoint module: each shard of a fused linear points at the whole."""
-    built: Mapping[str, Treatment]
-    """By server prefix."""
-
-    def quantized(self, module: str) -> bool:
-        linear = self.linears.get(module)
-        return linear is not None and self.built[linear.prefix] == "quantized"
-
-
-def expect(stored: Stored, scope: Scope, settings: Settings) -> Expected:
-    """What vLLM will look for. Raises as `vllm_rules.parameters` does."""
-    linears = server_linears(scope, stored.config, stored.tensors)
-    patterns, packed = server_patterns(settings.exclude_modules, scope), packed_modules(scope)
-    return Expected(
-        scope,
-        settings,
-        stored.tensors,
-        {p.name: p for p in parameters(scope, stored.config, stored.tensors)},
-        {module: linear for linear in linears for module in linear.shards},
-        {linear.prefix: treatment(linear.prefix, patterns, packed) for linear in linears},
-    )
-
-
-def check(stored: Stored, scope: Scope, settings: Settings) -> Iterator[Finding]:
-    """All findings on names, dtypes and shapes, one for each place; `ckptq.validate.group` joins them."""
-    at = expect(stored, scope, settings)
+def check(at: Expected) -> Iterator[Finding]:
+    """All findings on linears and parameters, one for each place; `ckptq.validators.grouping` joins them."""
+    idle = functools.cache(functools.partial(_idle, at))
     for linear in dict.fromkeys(at.linears.values()):
-        yield from _linear(linear, at)
+        yield from _linear(linear, at, idle)
     for parameter in at.parameters.values():
         yield from _parameter(parameter, at)
-    yield from _unknown(at)
-    yield from _kv(at)
 
 
-def _linear(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
+def _idle(at: Expected) -> str:
+    """What to say of entries of the exclude list that reach nothing; those for embeddings never do."""
+    entries = [entry for entry in idle_entries(at) if "embed" not in entry]
+    return f"; its entries {', '.join(map(repr, entries))} reach no linear" if entries else ""
+
+
+def _linear(linear: ServerLinear, at: Expected, idle: Callable[[], str]) -> Iterator[Finding]:
     built = at.built[linear.prefix]
     if built == "refused":
         yield error(
-            "layout.split-exclude", f"{linear.prefix}", "all shards of a fused linear in the exclude list, or none",
+            "layout.split-exclude", linear.prefix, f"all shards of a fused linear in {at.settings.key}, or none",
             "some of " + ", ".join(m.rpartition(".")[2] for m in linear.shards),
-            "vLLM raises `Detected some but not all shards ... are quantized`", "list every shard, or none",
+            "vLLM raises: the shards of one linear would be built in different ways", "list every shard, or none",
         )  # fmt: skip
         return
-    narrow = {module: _is_fp8(at.tensors.get(f"{module}.weight")) for module in linear.shards}
-    scales = [f"{m}.{s}" for m in linear.shards for s in SCALES if f"{m}.{s}" in at.tensors]
+    narrow = [module for module in linear.shards if _is_fp8(at.tensors.get(f"{module}.weight"))]
+    scales = [name for m in linear.shards for kind in SCALE_KINDS if (name := f"{m}.{kind}") in at.tensors]
     if built == "kept":
-        for module in (m for m in linear.shards if narrow[m]):
+        for module in narrow:
             yield error(
-                "layout.excluded", f"{module}.weight", "the source's dtype: the exclude list keeps this module as it was",
-                at.tensors[f"{module}.weight"].dtype,
-                "vLLM would read the codes as if they were weights",
-                "take the module off the exclude list, mind that a pattern also matches inside longer names (layers.1 in "
+                "layout.excluded", f"{module}.weight", "the source's dtype: the configuration keeps this module as it was",
+                at.tensors[f"{module}.weight"].dtype, "vLLM would read the codes as if they were weights",
+                f"take the module off {at.settings.key}, mind that a pattern may also match inside longer names (layers.1 in "
                 "layers.10), or store the weight unquantized",
             )  # fmt: skip
-        if not any(narrow.values()):
-            yield from (_stray(name, "this module is excluded") for name in scales)
-    elif not any(narrow.values()) and not scales and (linear.part == "head" or any(f"{m}.weight" in at.tensors for m in narrow)):
-        yield from (_not_excluded(module, linear, at) for module in linear.shards)
+        if not narrow:
+            yield from (stray(name, "this module is not quantized") for name in scales)
+    elif not narrow and not scales and (linear.part == "head" or any(f"{m}.weight" in at.tensors for m in linear.shards)):
+        yield from (_not_excluded(module, linear, at, idle()) for module in linear.shards)
     else:
+        assert isinstance(built, Format)
         for module in linear.shards:
-            yield from _quantized_shard(module, linear, at)
+            yield from _quantized_shard(module, linear, built, at)
         yield from _shard_width(linear, at)
 
 
 def _is_fp8(spec: TensorSpec | None) -> bool:
-    return spec is not None and spec.dtype.startswith("F8")
+    return spec is not None and spec.dtype.startswith("F8_E")
 
 
-def _not_excluded(module: str, linear: ServerLinear, at: Expected) -> Finding:
+def _not_excluded(module: str, linear: ServerLinear, at: Expected, idle: str) -> Finding:
     spec = at.tensors.get(f"{module}.weight")
     part = "only answers to images change" if linear.part == "tower" else "the answers are garbage"
-    idle = [p for p in idle_patterns(at.settings.exclude_modules, dict.fromkeys(at.linears.values()), at.scope) if "embed" not in p]
-    reach = f"; its entries {', '.join(map(repr, idle))} reach no linear" if idle else ""
+    how = {
+        "modelopt": "What works ends in `*` (`visual*`), names every shard, or is part of the server's name; `re:` and globs on "
+        "shards of a fused linear do nothing",
+        "fp8": "Only exact names work, one for each linear and each shard of a fused one: no glob, no parent",
+        "compressed-tensors": "Names count whole; `re:.*visual.*` reaches a module and all inside it, by the server's name",
+    }[at.settings.method]
     return error(
-        "layout.not-excluded", f"{module}.weight", "F8_E4M3 with scales: nothing on the exclude list keeps this module",
-        f"{spec.dtype}, without scales{reach}" if spec else f"not stored (tied to the embeddings), without scales{reach}",
-        f"vLLM would cast it to FP8 without a scale, silently, and {part}", "add it to the exclude list. What works ends in `*` "
-        "(`visual*`), name every shard, or are part of the server's name; `re:` and globs on shards of a fused linear do nothing",
-    )  # fmt: skip
+        "layout.not-excluded",
+        f"{module}.weight",
+        f"F8_E4M3 with scales: nothing in {at.settings.key} keeps this module",
+        f"{spec.dtype}, without scales{idle}" if spec else f"not stored (tied to the embeddings), without scales{idle}",
+        f"vLLM would cast it to FP8 without a scale, silently, and {part}",
+        f"add it to {at.settings.key}. {how}",
+    )
 
 
-def _quantized_shard(module: str, linear: ServerLinear, at: Expected) -> Iterator[Finding]:
+def _quantized_shard(module: str, linear: ServerLinear, form: Format, at: Expected) -> Iterator[Finding]:
     weight = at.tensors.get(f"{module}.weight")
     if weight is not None and weight.dtype != "F8_E4M3":
-        if weight.dtype in FLOATS:
-            actual, effect = weight.dtype, "cast to FP8 codes as if they had no scale"
-        else:
-            actual, effect = weight.dtype, "converted as numbers, not taken as E4M3 codes"
+        floats = weight.dtype in FLOATS
         yield error(
-            "layout.weight-dtype", weight.name, "F8_E4M3: vLLM builds this linear quantized", actual,
-            f"the values would be {effect}, silently", "quantize it and store F8_E4M3 codes, or exclude the whole fused linear",
+            "layout.weight-dtype", weight.name, "F8_E4M3: vLLM builds this linear quantized", weight.dtype,
+            f"the values would be {'cast to codes as if they had no scale' if floats else 'converted as numbers'}, silently",
+            "quantize it and store F8_E4M3 codes, or exclude the whole fused linear",
         )  # fmt: skip
-    for kind in SCALES:
-        name = f"{module}.{kind}"
-        spec = at.tensors.get(name)
-        if spec is not None:
-            yield from _scalar(spec)
+    for kind in form.scales:
+        spec = at.tensors.get(f"{module}.{kind}")
+        if spec is None:
+            yield _missing_scale(f"{module}.{kind}", kind, linear, form, at)
             continue
-        # A fused linear's parameter has one slot a shard, and for activations the largest counts: one shard's is enough to run.
-        if kind == "input_scale" and any(f"{m}.{kind}" in at.tensors for m in linear.shards):
-            yield warning("layout.missing-scale", name, "F32 []", "not stored", "vLLM takes another shard's", "store it for each")
-        else:
-            yield error(
-                "layout.missing-scale", name, "F32 []", "not stored",
-                "vLLM loads without it and computes with -3.4e38 instead", "export again, with calibration if it is an input_scale",
-            )  # fmt: skip
+        if kind == "input_scale":
+            yield from scale_shape(spec, ((), (1,)), "one scale for the input")
+        elif weight is not None and len(weight.shape) == 2:
+            yield from scale_shape(spec, form.weight_scale_shapes(weight.shape), f"{form.name} [{' '.join(form.shapes[-1:])}]")
+        # llm-compressor makes its codes with the scale in the model's dtype, so nothing is lost there.
+        yield from scale_dtype(spec, rounded=at.settings.method != "compressed-tensors")
+    for kind in SCALE_KINDS:
+        if kind not in form.scales and f"{module}.{kind}" in at.tensors:
+            yield stray(f"{module}.{kind}", f"{form.name} has none")
 
 
-def _scalar(spec: TensorSpec) -> Iterator[Finding]:
-    if spec.shape not in ((), (1,)):
+def _missing_scale(name: str, kind: str, linear: ServerLinear, form: Format, at: Expected) -> Finding:
+    wanted = "F32 []" if kind == "input_scale" or form.granularity == "tensor" else f"F32 [{form.shapes[0].replace(' ', ', ')}]"
+    # A fused linear's parameter has one slot a shard, and for activations the largest counts: one shard's is enough to run.
+    if kind == "input_scale" and any(f"{m}.{kind}" in at.tensors for m in linear.shards):
+        return warning("layout.missing-scale", name, wanted, "not stored", "vLLM takes another shard's", "store it for each")
+    if linear.part == "experts":
+        effect = "vLLM computes with 1.0, silently" + (", for all experts of the layer" if kind == "input_scale" else "")
+    else:
+        effect = "vLLM loads without it and computes with a placeholder (-3.4e38), silently"
+    calibrate = ", with samples that reach it" if kind == "input_scale" else ""
+    return error("layout.missing-scale", name, wanted, "not stored", effect, f"export again{calibrate}")
+
+
+def scale_shape(spec: TensorSpec, shapes: tuple[tuple[int, ...], ...], what: str) -> Iterator[Finding]:
+    """A finding where a scale has none of the shapes."""
+    if spec.shape not in shapes:
         yield error(
-            "layout.scale-shape", spec.name, "[] or [1]: one scale for the tensor", str(list(spec.shape)),
-            "vLLM raises a bare AssertionError", "store one value, or declare the algorithm whose scales these are",
+            "layout.scale-shape", spec.name, " or ".join(str(list(s)) for s in shapes) + f": {what}", str(list(spec.shape)),
+            "vLLM raises an error that does not name the tensor", "store that shape, or declare the format whose scales these are",
         )  # fmt: skip
-    if spec.dtype in ("BF16", "F16"):
-        yield warning(
-            "layout.scale-dtype", spec.name, "F32", spec.dtype,
-            f"vLLM widens it, but it was rounded to {spec.dtype} before", "store it as F32",
-        )  # fmt: skip
+
+
+def scale_dtype(spec: TensorSpec, *, rounded: bool = True) -> Iterator[Finding]:
+    """A finding where a scale is not F32. `rounded`: whether a narrower float has lost digits."""
+    if spec.dtype in _ROUNDED:
+        if rounded:
+            yield warning(
+                "layout.scale-dtype", spec.name, "F32", spec.dtype, f"vLLM widens it, but it was rounded to {spec.dtype} before",
+                "store it as F32",
+            )  # fmt: skip
     elif spec.dtype != "F32":
         yield error(
             "layout.scale-dtype",
@@ -190,6 +184,18 @@ def _scalar(spec: TensorSpec) -> Iterator[Finding]:
         )
 
 
+def stray(name: str, why: str) -> Finding:
+    """A finding for a scale that nobody asks for."""
+    return error(
+        "layout.stray-scale",
+        name,
+        f"no scale: {why}",
+        "stored",
+        "vLLM raises at such a key, and some of its models drop it silently",
+        "remove it, or quantize the module and declare it so",
+    )
+
+
 def _shard_width(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
     """Only where config.json does not tell the width; else layout.shape has said it."""
     specs = [at.tensors[f"{m}.weight"] for m in linear.shards if f"{m}.weight" in at.tensors]
@@ -198,7 +204,7 @@ def _shard_width(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
     if not known and len(widths) > 1:
         yield error(
             "layout.shard-width", linear.prefix, "shards with one number of columns", f"{sorted(widths)}",
-            "they read one input, so their weights [out, in] must agree in `in`", "export again",
+            "vLLM raises: they read one input, so their weights [out, in] must agree in `in`", "export again",
         )  # fmt: skip
 
 
@@ -219,113 +225,22 @@ def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
             "layout.shape", parameter.name, f"{_shape(parameter.shape)}, from config.json", str(list(spec.shape)),
             "vLLM raises, or cuts surplus rows off silently", "export again, or mend the sizes in config.json",
         )  # fmt: skip
-    module = parameter.name.rpartition(".")[0]
-    if module not in at.linears and spec.dtype not in FLOATS:
+    module, _, kind = parameter.name.rpartition(".")
+    why = (
+        "this is no linear"
+        if module not in at.linears
+        else "a bias is never quantized"
+        if kind == "bias"
+        else "this linear is not quantized"
+        if at.format_of(module) is None and not _is_fp8(spec)  # FP8 there is layout.excluded
+        else ""
+    )
+    if why and spec.dtype not in FLOATS:
         yield error(
-            "layout.weight-dtype", parameter.name, "the source's dtype: this is no linear", spec.dtype,
-            "vLLM would read the codes as if they were values", "take the tensor over from the source unchanged",
-        )  # fmt: skip
-    elif module in at.linears and not at.quantized(module) and spec.dtype not in FLOATS and not _is_fp8(spec):
-        yield error(
-            "layout.weight-dtype", parameter.name, "the source's dtype: this linear is not quantized", spec.dtype,
-            "vLLM would convert the numbers, silently", "take the tensor over from the source unchanged",
-        )  # fmt: skip
-    elif module in at.linears and parameter.name.endswith(".bias") and _is_fp8(spec):
-        yield error(
-            "layout.weight-dtype", parameter.name, "the source's dtype: a bias is never quantized", spec.dtype,
-            "vLLM would read the codes as if they were values", "take the bias over from the source unchanged",
+            "layout.weight-dtype", parameter.name, f"the source's dtype: {why}", spec.dtype,
+            "vLLM would convert the codes as if they were values, silently", "take the tensor over from the source unchanged",
         )  # fmt: skip
 
 
 def _shape(shape: Iterable[int | None]) -> str:
     return "[" + ", ".join("?" if n is None else str(n) for n in shape) + "]"
-
-
-def _unknown(at: Expected) -> Iterator[Finding]:
-    """Stored tensors that are no parameter and no scale of a quantized linear. KV scales of the layers are `_kv`'s."""
-    on_towers = [n for n in at.tensors if n.endswith(KV_SCALES) and _tower(n, at.scope) is not None]
-    yield from _kv_on_tower(on_towers, at.scope)
-    for name in at.tensors:
-        module, _, kind = name.rpartition(".")
-        if name in at.parameters or name in on_towers or (kind in SCALES and module in at.linears) or _layer_slot(name, at.scope):
-            continue
-        if kind in SCALES or name.endswith(KV_SCALES):
-            yield _stray(name, "no quantized linear or attention of the server has this name")
-        elif kind == "bias":
-            yield warning(
-                "layout.unknown-tensor", name, "no such tensor", "stored",
-                "vLLM has no place for this bias and drops it silently, so the linear computes something else", "check config.json",
-            )  # fmt: skip
-        elif not name.endswith("rotary_emb.inv_freq"):
-            yield error(
-                "layout.unknown-tensor", name, "no such tensor, by config.json and the server's names", "stored",
-                "vLLM raises `There is no module or parameter named ...`", "rename it (ModelOpt's FP8 has weight, weight_scale, "
-                "input_scale, k_scale, v_scale), remove it, or mend config.json",
-            )  # fmt: skip
-
-
-def _tower(name: str, scope: Scope) -> str | None:
-    return next((t.prefix for t in scope.towers if scope.canonical(name).startswith(f"{t.prefix}.")), None)
-
-
-def _layer_slot(name: str, scope: Scope) -> KVSlot | None:
-    """The slot of a KV scale inside the decoder layers."""
-    return kv_slot(name) if scope.layer_of(name) is not None else None
-
-
-def _kv_on_tower(names: Sequence[str], scope: Scope) -> Iterator[Finding]:
-    for name in names:
-        tower = _tower(name, scope)
-        first = scope.canonical(names[0]).removeprefix(f"{tower}.")
-        yield error(
-            "layout.kv-on-tower", name, f"no KV scale in {tower}: only the language model has a KV cache", "stored",
-            f"vLLM raises at such a key; older ones say no more than `KeyError: '{first}'`. `{tower}*` on the exclude list is no "
-            "help: it speaks of weights",
-            "ModelOpt writes these scales where its KV settings come after the line that disables the tower: "
-            "drop the tensors, or disable the tower last and export again",
-        )  # fmt: skip
-
-
-def _stray(name: str, why: str) -> Finding:
-    return error(
-        "layout.stray-scale", name, f"no scale: {why}", "stored",
-        "vLLM raises at such a key, and some of its models drop it silently",
-        "remove it, or quantize the module and take it off the exclude list",
-    )  # fmt: skip
-
-
-def _kv(at: Expected) -> Iterator[Finding]:
-    slots = {name: slot for name in at.tensors if (slot := _layer_slot(name, at.scope)) is not None}
-    have = {(slot.attention, slot.kind) for slot in slots.values()}
-    owners = {m: m.rpartition(".")[0] for m in at.linears if (layer := at.scope.layer_of(f"{m}.")) and layer[1][:-1] in at.scope.kv}
-    for name, slot in slots.items():
-        yield from _scalar(at.tensors[name])
-        if slot.attention not in owners.values():
-            yield _stray(name, "config.json has no such layer")
-        if slot.misplaced:
-            yield error(
-                "layout.kv-misplaced", name, f"{slot.kind}_scale beside {slot.kind}_proj", "beside the other projection",
-                "vLLM goes by the last part of the name, so K and V would trade scales, silently", "export again",
-            )  # fmt: skip
-        if not at.settings.kv_fp8:
-            yield error(
-                "layout.kv-undeclared", name, f"none: {at.settings.file} declares no FP8 KV cache", "stored",
-                "vLLM would keep the cache in the model's dtype and drop the scales silently", "declare kv_cache_scheme with "
-                "dynamic false, num_bits 8, type float, or remove the scales",
-            )  # fmt: skip
-    if not at.settings.kv_fp8:
-        return
-    if not have:
-        yield warning(
-            "layout.kv-absent", "k_scale and v_scale", "one of each in every layer: an FP8 KV cache is declared", "none",
-            "vLLM quantizes the cache with scale 1.0: good enough where keys and values are moderate", "calibrate the KV cache",
-        )  # fmt: skip
-        return
-    for module, attention in owners.items():
-        kind = "k" if module.endswith(at.scope.kv[0]) else "v"
-        if (attention, kind) not in have:
-            yield error(
-                "layout.kv-missing", f"{module}.{kind}_scale", "F32 []: the KV cache is FP8, other layers have it", "not stored",
-                ("vLLM stops with a bare AssertionError" if kind == "k" and (attention, "v") in have
-                else "vLLM uses the other one's scale, or 1.0, silently"), "calibrate and export again",
-            )  # fmt: skip

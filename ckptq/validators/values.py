@@ -1,186 +1,291 @@
-"""The numbers: scales and codes of every quantized tensor, streamed through one buffer."""
+"""The numbers: scales and codes of every quantized tensor, and what is not finite anywhere. Reads every byte once."""
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckptq.checkpoint import Component, Reader, SourceTensor
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, warning
-from ckptq.validators.vllm_rules import server_linears
+from ckptq.validators.scales import DTYPES, Grid, Kind, as_float, block_of, grid, read_scales, scale_kind, scale_of
+from ckptq.validators.scan import NUMBERS, Seen, scan
+from ckptq.validators.vllm_rules import ServerLinear, server_linears
 
-if TYPE_CHECKING:
-    import numpy as np
-
+_MOE = "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py process_fp8_input_tensor_strategy_moe"
 CODES = {
     "values.not-finite": Code("a NaN or an infinity: a scale, a code, or an unquantized weight"),
     "values.not-positive": Code("a scale that is zero or negative"),
     "values.scale-range": Code("a scale that no sensible model leads to"),
     "values.all-zero": Code("codes that are all zero"),
     "values.saturated": Code("more codes at the largest value than a scale of amax / 448 leaves there"),
-    "values.weight-scale-split": Code("shards of one fused linear with different weight scales"),
-    "values.input-scale-split": Code("shards of one fused linear with different input scales"),
+    "values.small-codes": Code("codes that stay far below 448: a scale larger than amax / 448"),
+    "values.weight-scale-split": Code(
+        "shards of one fused linear with different weight scales",
+        "vLLM 0.32.0 model_executor/layers/quantization/utils/w8a8_utils.py requantize_with_max_scale",
+    ),
+    "values.input-scale-split": Code("linears that read one input with different input scales", _MOE),
+    "values.input-scale-spread": Code("one expert's input scale far above the others', which all take it", _MOE),
 }
 
-CHUNK = 1 << 20
-"""Bytes a read: small enough to stay in the processor's cache while it is looked at."""
-SCALE_KINDS = ("weight_scale", "input_scale", "k_scale", "v_scale")
 # Ranges of scale = amax / 448. Weights of language models stay below 128, K and V below 4,480; inputs of down_proj reach 1e5.
-PLAUSIBLE: Mapping[str, tuple[float, float]] = {
-    "weight_scale": (1e-8, 128 / 448),
-    "input_scale": (1e-7, 1e4),
-    "k_scale": (1e-6, 10.0),
-    "v_scale": (1e-6, 10.0),
+PLAUSIBLE: Mapping[Kind, tuple[float, float]] = {
+    "weight": (1e-8, 128 / 448),
+    "input": (1e-7, 1e4),
+    "k": (1e-6, 10.0),
+    "v": (1e-6, 10.0),
 }
 SATURATED_SHARE = 0.05
 """Under amax / 448 only weights within 3.6 % of the largest get the code 448: even evenly spread weights leave no more there."""
-_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}
+FULL = 0x76
+"""The code of 224. Under amax / 448 the largest code is 448; under the power of two above that, at least this."""
+SPREAD = 100.0
+"""An expert's input scale over the median one. E4M3 keeps 4 bits down to 1 / 28,672 of the scale's range, 1 bit to 1 / 229,376."""
+_LOOKED_AT = 16
+"""Odd values of one scale tensor whose weights are read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
-    """What a tensor of FP8 codes holds: how many, how many NaN, how many of the largest magnitude, and whether any is not zero."""
+class _Pass:
+    """What the pass brought: scales and FP8 weights by name."""
 
-    count: int
-    nan: int
-    largest: int
-    nonzero: bool
+    scales: dict[str, tuple[SourceTensor, Seen]]
+    codes: dict[str, tuple[SourceTensor, Seen]]
+
+    def one(self, name: str) -> float | None:
+        """The value of a scale that has one."""
+        tensor, seen = self.scales.get(name, (None, None))
+        if tensor is None or seen is None or tensor.spec.numel != 1:
+            return None
+        return as_float(seen.low, tensor.spec.dtype)
 
 
-def check(root: Path, component: Component, scope: Scope, advance: Callable[[int], None] = lambda _: None) -> Iterator[Finding]:
-    """All findings on values. `advance` is told the bytes that were looked at."""
-    buffer = memoryview(bytearray(CHUNK))
-    scales: dict[str, float] = {}
-    zeros: set[str] = set()
+def check(
+    root: Path,
+    component: Component,
+    scope: Scope,
+    advance: Callable[[int], None] = lambda _: None,
+    digests: dict[str, str] | None = None,
+) -> Iterator[Finding]:
+    """All findings on values. `advance` is told the bytes that were looked at; `digests`, where given, gets each tensor's."""
+    found = _Pass({}, {})
+    for tensor, seen in scan(root, component, advance, digests=digests is not None):
+        name, dtype = tensor.spec.name, tensor.spec.dtype
+        if digests is not None:
+            digests[name] = seen.digest
+        if not tensor.spec.numel:
+            continue
+        if scale_kind(name) and dtype in DTYPES:
+            found.scales[name] = tensor, seen
+        elif dtype == "F8_E4M3" and not scale_kind(name):
+            found.codes[name] = tensor, seen
+        elif dtype in NUMBERS and seen.top >= NUMBERS[dtype][1]:
+            yield error(
+                "values.not-finite", name, "finite values", "NaN or infinity",
+                "every answer that passes here becomes NaN",
+                "the source holds them too, or the copy went wrong: compare with --source",
+            )  # fmt: skip
+    block = block_of(component.config)
+    yield from _codes_findings(found, component, block)
     with Reader(root, component) as reader:
-        for name, tensor in sorted(component.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            kind = name.rpartition(".")[2]
-            if kind in SCALE_KINDS and tensor.spec.numel == 1 and tensor.spec.dtype in ("F32", "BF16", "F16"):
-                scales[name] = read_scale(reader, tensor)
-            elif tensor.spec.dtype == "F8_E4M3":
-                codes = _scan_codes(reader, tensor, buffer)
-                zeros |= set() if codes.nonzero else {name.removesuffix(".weight")}
-                yield from _code_findings(name, codes)
-            elif tensor.spec.dtype in ("BF16", "F16", "F32") and not _all_finite(reader, tensor, buffer):
-                yield error(
-                    "values.not-finite", name, "finite values", "NaN or infinity",
-                    "the source holds them too, or the copy went wrong", "compare with --source",
-                )  # fmt: skip
-            advance(tensor.spec.nbytes)
-    for name, value in scales.items():
-        yield from _scale_findings(name, value, name.rpartition(".")[0] in zeros)
-    for linear in server_linears(scope, component.config, component.tensors):
-        yield from _group_findings(linear.shards, scales)
+        for tensor, seen in found.scales.values():
+            yield from _scale_findings(tensor, seen, component, reader, block)
+    linears = server_linears(scope, component.config, component.tensors)
+    for linear in linears:
+        yield from _group_findings(linear, found)
+    yield from _expert_findings(linears, found, component)
 
 
-def read_scale(reader: Reader, tensor: SourceTensor) -> float:
-    """The value of a tensor of one element, F32, F16 or BF16."""
-    raw = bytearray(tensor.spec.nbytes)
-    reader.read_into(tensor, 0, memoryview(raw))
-    if tensor.spec.dtype == "F16":
-        return float(struct.unpack("<e", raw)[0])
-    return float(struct.unpack("<f", raw.rjust(4, b"\0"))[0])  # BF16 is the upper half of an F32
+def _codes_findings(found: _Pass, component: Component, block: tuple[int, int]) -> Iterator[Finding]:
+    """Shards of a fused linear, and whatever else has the same scale, may share the largest code among them."""
+    tops: dict[float, int] = {}
+    places = {name: scale_of(name, component.tensors) for name in found.codes}
+    for name, scale in places.items():
+        value = found.one(scale.spec.name) if scale else None
+        if value is not None:
+            tops[value] = max(tops.get(value, 0), found.codes[name][1].top)
+    for name, (tensor, seen) in found.codes.items():
+        scale = places[name]
+        value = found.one(scale.spec.name) if scale else None
+        lies = grid(tensor.spec.shape, scale.spec.shape, block) if scale else None
+        yield from _code_findings(tensor, seen, lies, seen.top if value is None else tops[value])
 
 
-def chunks(reader: Reader, tensor: SourceTensor, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(byte offset, bytes) of the whole tensor, in pieces of the buffer's size."""
-    for start in range(0, tensor.spec.nbytes, len(buffer)):
-        piece = buffer[: min(len(buffer), tensor.spec.nbytes - start)]
-        reader.read_into(tensor, start, piece)
-        yield start, piece
-
-
-def _scan_codes(reader: Reader, tensor: SourceTensor, buffer: memoryview) -> Codes:
-    """E4M3 "fn": the magnitude 0x7F is NaN, 0x7E is 448, 0 is zero; the top bit is the sign."""
-    import numpy as np
-
-    nan = largest = top = 0
-    for _, piece in chunks(reader, tensor, buffer):
-        codes = np.frombuffer(piece, dtype=np.uint8)
-        np.bitwise_and(codes, 0x7F, out=codes)
-        high = int(codes.max())
-        top = max(top, high)
-        if high >= 0x7E:
-            largest += int(np.count_nonzero(codes == 0x7E))
-        if high == 0x7F:
-            nan += int(np.count_nonzero(codes == 0x7F))
-    return Codes(tensor.spec.numel, nan, largest, top > 0)
-
-
-def _all_finite(reader: Reader, tensor: SourceTensor, buffer: memoryview) -> bool:
-    import numpy as np
-
-    for _, piece in chunks(reader, tensor, buffer):
-        if tensor.spec.dtype == "F32":
-            finite = bool(np.isfinite(np.frombuffer(piece, dtype=np.float32)).all())
-        else:
-            exponent = _EXPONENTS[tensor.spec.dtype]
-            bits: np.ndarray[tuple[int], np.dtype[np.uint16]] = np.frombuffer(piece, dtype=np.uint16)
-            finite = int(np.bitwise_and(bits, exponent, out=bits).max()) < exponent
-        if not finite:
-            return False
-    return True
-
-
-def _code_findings(name: str, codes: Codes) -> Iterator[Finding]:
-    if codes.nan:
+def _code_findings(tensor: SourceTensor, seen: Seen, lies: Grid | None, top: int) -> Iterator[Finding]:
+    name, count = tensor.spec.name, tensor.spec.numel
+    if seen.nan:
         yield error(
-            "values.not-finite", name, "no NaN code (0x7F, 0xFF)", f"NaN among {codes.count} codes: {codes.nan}",
-            "the weight was divided by zero or held NaN", "look at its amax in the source, then convert again",
+            "values.not-finite", name, "no NaN code (0x7F, 0xFF)", f"NaN among {count} codes: {seen.nan}",
+            "every answer that passes here becomes NaN",
+            "the weight was divided by zero or held NaN: look at its amax in the source, then convert again",
         )  # fmt: skip
-    if not codes.nonzero:
+    if not seen.top:
         yield warning(
-            "values.all-zero", name, "codes other than zero", "all zero",
-            "right only where the source's weight is all zero", "compare with --source",
+            "values.all-zero", name, "codes other than zero", "all zero", "the linear answers with its bias alone",
+            "right only where the source's weight is all zero: compare with --source",
         )  # fmt: skip
-    if codes.largest > SATURATED_SHARE * codes.count and codes.count > 64:
+    elif _saturated(seen, count, math.prod(lies.shape) if lies else 1):
         yield warning(
-            "values.saturated", name, f"at most {SATURATED_SHARE:.0%} of the codes at the largest value",
-            f"{codes.largest / codes.count:.1%}",
-            "the scale is too small and cut the weights off", "weight_scale must be amax / 448",
+            "values.saturated", name, "few codes at the largest value, 448", f"{seen.largest / count:.2%} of them",
+            "the scale is too small and cut the largest weights off", "weight_scale must be amax / 448: convert again",
+        )  # fmt: skip
+    elif top < FULL and lies is not None:
+        yield warning(
+            "values.small-codes", name, "codes up to 448", f"codes up to {_value(top):g}",
+            "the scale is larger than the weights need, and the smallest ones lose their bits or vanish",
+            "weight_scale must be amax / 448: convert again",
         )  # fmt: skip
 
 
-def _scale_findings(name: str, value: float, of_zeros: bool) -> Iterator[Finding]:
-    kind = name.rpartition(".")[2]
-    low, high = PLAUSIBLE[kind]
-    if not math.isfinite(value):
+def _saturated(seen: Seen, count: int, groups: int) -> bool:
+    """Whether weights were cut off. Each group under one scale has its amax at 448, and so may have ties; `next` tells the tail.
+
+    The code 448 takes what lies within 3.6 % of the amax, the next one the 7.1 % below that. Where weights thin out towards the amax,
+    or are spread evenly, the first gets at most half of the second.
+    """
+    more = seen.largest - groups
+    return count > 64 and (more > SATURATED_SHARE * count or more > 64 + 1.5 * seen.next)
+
+
+def _value(code: int) -> float:
+    return (8 + code % 8) * 2.0 ** (code // 8 - 10) if code >= 8 else code * 2.0**-9
+
+
+def _scale_findings(
+    tensor: SourceTensor, seen: Seen, component: Component, reader: Reader, block: tuple[int, int]
+) -> Iterator[Finding]:
+    name, dtype, kind = tensor.spec.name, tensor.spec.dtype, scale_kind(tensor.spec.name)
+    if seen.top >= NUMBERS[dtype][1]:
+        what = str(as_float(seen.low, dtype)) if tensor.spec.numel == 1 else "NaN or infinity"
         yield error(
-            "values.not-finite",
-            name,
-            "a finite scale",
-            str(value),
-            "everything it touches becomes NaN",
-            "calibrate and export again",
+            "values.not-finite", name, "a finite scale", what, "everything it touches becomes NaN", "calibrate and export again"
         )
-    elif value <= 0:
+        return
+    lowest = -as_float(seen.top, dtype) if seen.signed else as_float(seen.low, dtype)
+    low, high = PLAUSIBLE.get(kind or "other", (0.0, math.inf))
+    largest = as_float(seen.top, dtype)
+    if low <= lowest and largest <= high and lowest > 0:
+        return
+    odd = _odd(tensor, low, high, component, reader, block) if kind == "weight" else None
+    if odd == ():
+        if lowest <= 0:
+            yield warning(
+                "values.not-positive", name, "a scale above zero", "zero, over weights that are all zero",
+                "they stay zero; a server that divides by the scale would make them NaN", "store a scale of 1 there",
+            )  # fmt: skip
+        return
+    shown = _shown(odd or (lowest if lowest <= 0 or lowest < low else largest,), tensor.spec.numel)
+    if lowest <= 0:
         yield error(
-            "values.not-positive", name, "a scale above zero", f"{value:g}",
+            "values.not-positive", name, "a scale above zero", shown,
             "vLLM computes with it, or takes a negative KV scale for a missing one, silently", "calibrate and export again",
         )  # fmt: skip
-    elif not low <= value <= high and not (of_zeros and kind == "weight_scale"):
+    else:
         yield warning(
-            "values.scale-range", name, f"between {low:g} and {high:.3g}, as amax / 448 is", f"{value:g}",
+            "values.scale-range", name, f"between {low:g} and {high:.3g}, as amax / 448 is", shown,
             "an amax, or one divided by a scale, may stand where amax / 448 belongs", "compare with --source",
         )  # fmt: skip
 
 
-def _group_findings(shards: tuple[str, ...], scales: Mapping[str, float]) -> Iterator[Finding]:
+def _shown(odd: Sequence[float], numel: int) -> str:
+    return f"{odd[0]:g}" if numel == 1 else f"{odd[0]:g} among {numel}"
+
+
+def _odd(
+    tensor: SourceTensor, low: float, high: float, component: Component, reader: Reader, block: tuple[int, int]
+) -> tuple[float, ...] | None:
+    """Values of a weight's scale outside the range over weights that are not all zero; None where that can't be told."""
+    import numpy as np
+
+    base = tensor.spec.name.removesuffix("_inv").removesuffix("_scale")
+    weight = component.tensors.get(base, component.tensors.get(base.removesuffix("_weight")))
+    lies = grid(weight.spec.shape, tensor.spec.shape, block) if weight else None
+    values = read_scales(reader, tensor)
+    if weight is None or lies is None or values is None or weight.spec.dtype != "F8_E4M3":
+        return None
+    places = np.flatnonzero(~((values >= low) & (values <= high) & (values > 0)))
+    across = lies.shape[1]
+    over = (int(i) for i in places[:_LOOKED_AT])
+    return tuple(float(values[i]) for i in over if not _zeros(reader, weight, lies, *divmod(i, across)))
+
+
+def _zeros(reader: Reader, weight: SourceTensor, lies: Grid, down: int, across: int) -> bool:
+    """Whether all codes under one scale are zero, of either sign."""
+    import numpy as np
+
+    left, right = across * lies.wide, min((across + 1) * lies.wide, lies.columns)
+    top, bottom = down * lies.high, min((down + 1) * lies.high, lies.rows)
+    whole = right - left == lies.columns
+    spans = [(top * lies.columns, bottom * lies.columns)] if whole else [(r * lies.columns + left, r * lies.columns + right) for r in range(top, bottom)]  # fmt: skip  # noqa: E501
+    buffer = memoryview(bytearray(min(1 << 20, max(end - at for at, end in spans))))
+    for at, end in spans:
+        for start in range(at, end, len(buffer)):
+            piece = buffer[: min(len(buffer), end - start)]
+            reader.read_into(weight, start, piece)
+            if (np.frombuffer(piece, np.uint8) & 0x7F).any():
+                return False
+    return True
+
+
+def _group_findings(linear: ServerLinear, found: _Pass) -> Iterator[Finding]:
     for kind, effect, mend in (
         ("weight_scale", "vLLM decodes the shards and encodes them again under the largest scale, rounding twice; its CPU "
          "build can't",
          "this is how ModelOpt exports: convert with ckptq, which gives a fused linear one scale"),
         ("input_scale", "the shards read one input, and vLLM takes the largest scale for all", "calibrate them as one"),
     ):  # fmt: skip
-        values = [scales[f"{m}.{kind}"] for m in shards if f"{m}.{kind}" in scales]
+        if linear.part == "experts" and kind == "input_scale":
+            continue
+        values = [v for m in linear.shards if (v := found.one(f"{m}.{kind}")) is not None]
         if len(set(values)) > 1 and all(math.isfinite(v) and v > 0 for v in values):
-            names = ",".join(m.rpartition(".")[2] for m in shards)
             yield warning(
-                f"values.{kind.replace('_', '-')}-split", f"{shards[0].rpartition('.')[0]}.{{{names}}}.{kind}",
+                f"values.{kind.replace('_', '-')}-split", _braced(linear.shards, kind),
                 "one value for the fused linear", f"values from {min(values):g} to {max(values):g}", effect, mend,
         )  # fmt: skip
+
+
+def _braced(shards: Sequence[str], kind: str) -> str:
+    names = ",".join(m.rpartition(".")[2] for m in shards)
+    return f"{shards[0].rpartition('.')[0]}.{{{names}}}.{kind}"
+
+
+def _expert_findings(linears: Sequence[ServerLinear], found: _Pass, component: Component) -> Iterator[Finding]:
+    """Input scales of routed experts: of gate and up the one loaded last stays, and the largest of a layer's serves all experts."""
+    layers: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
+    for linear in linears:
+        if linear.part == "experts":
+            names = tuple(m.rpartition(".")[2] for m in linear.shards)
+            layers.setdefault((linear.prefix, names), []).append(linear.shards)
+    for experts in layers.values():
+        known = [(shards, values) for shards in experts if (values := _inputs(shards, found, component))]
+        if not known:
+            continue
+        served, meant = max(v[-1] for _, v in known), max(max(v) for _, v in known)
+        for shards, values in known:
+            if len(set(values)) > 1:
+                cut = max(values) > served * 1.01
+                yield (error if cut else warning)(
+                    "values.input-scale-split", _braced(shards, "input_scale"), "one value for gate and up",
+                    f"{values[-1]:g} loaded after {values[0]:g}",
+                    f"vLLM keeps the one loaded last, {'and cuts larger inputs off' if cut else 'and another expert covers the rest'}",
+                    "give both the larger one",
+                )  # fmt: skip
+        usual = statistics.median(v[-1] for _, v in known)
+        shards = max(known, key=lambda entry: entry[1][-1])[0]
+        if meant > SPREAD * usual > 0:
+            yield warning(
+                "values.input-scale-spread", f"{shards[-1]}.input_scale", f"at most {SPREAD:g} times the median of its layer",
+                f"{served:g}, {served / usual:.0f} times {usual:g}",
+                "vLLM takes the largest for all experts of the layer, and the others' inputs lose their small values",
+                "calibrate with more samples, or look for outliers",
+            )  # fmt: skip
+
+
+def _inputs(shards: Sequence[str], found: _Pass, component: Component) -> list[float]:
+    """The input scales of one expert's shards in the order of loading, which is that of files and, in a file, of names."""
+    names = [n for m in shards if (n := f"{m}.input_scale") in found.scales]
+    values = [found.one(n) for n in sorted(names, key=lambda n: (component.tensors[n].file, n))]
+    return [v for v in values if v is not None and math.isfinite(v) and v > 0]

@@ -1,30 +1,29 @@
-"""What vLLM 0.32.0 will build from a ModelOpt FP8 checkpoint: which linears, quantized or not, from which tensors.
+"""The model as vLLM 0.32.0 builds it: its linears, fused as it fuses them, its parameters, and its names for both.
 
 A simulation: pure, no torch, no vLLM. It is compared with the real functions by tests/test_vllm_rules.py. Paths below are relative
-to vllm/model_executor of that version.
+to vllm/model_executor of that version. Which linears are built quantized is for methods/ to say.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ckptq.scopes import Scope
-
-Treatment = Literal["quantized", "kept", "refused"]
-"""quantized: built with FP8 weights and scales. kept: as in the source. refused: vLLM raises, as the list splits a fused linear."""
+from ckptq.scopes import MOST_LAYERS, Fused, Scope
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLinear:
-    """One linear as the server builds it: its name there, and the modules of the checkpoint, as spelled there, that it stacks."""
+    """One linear as the server builds it: its name there, and the modules of the checkpoint, as spelled there, that it stacks.
+
+    All routed experts of a layer are one module there and share its prefix; each (gate, up) and each (down,) is a value here.
+    """
 
     prefix: str
     shards: tuple[str, ...]
-    part: Literal["layers", "tower", "head"]
+    part: Literal["layers", "experts", "tower", "head"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def parameters(scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -
     for name, dims in scope.parameters.items():
         shape = tuple(sizes.get(d) for d in dims.split())
         required = not (tied and name == "lm_head.weight")
-        found += [Parameter(spell(name.replace("{i}", str(i))), shape, required) for i in _numbers(name, scope, config, names)]
+        found += [Parameter(spell(place), shape, required) for place in _places(name, scope, config, names)]
     return tuple(found)
 
 
@@ -71,19 +70,40 @@ def _module(canonical: str, spell: Callable[[str], str]) -> str:
     return spell(f"{canonical}.weight").removesuffix(".weight")
 
 
-def _numbers(name: str, scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -> range:
-    """The values of `{i}` in a canonical name; one run where it has none."""
+def _places(name: str, scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -> Iterator[str]:
+    """The canonical names that a name with `{i}`, and in layers `{e}`, stands for."""
     if "{i}" not in name:
-        return range(1)
-    if name.startswith(scope.layers + "."):
-        return range(scope.layer_count(config))
+        yield name
+    elif not name.startswith(scope.layers + "."):
+        yield from (name.replace("{i}", str(i)) for i in _blocks(name, scope, config, stored))
+    else:
+        sparse, dense = _only_in(name.removeprefix(f"{scope.layers}.{{i}}."), scope)
+        for layer in range(scope.layer_count(config)):
+            experts = scope.expert_count(config, layer)
+            if (experts and dense) or (sparse and not experts):
+                continue
+            at = name.replace("{i}", str(layer))
+            yield from (at.replace("{e}", str(e)) for e in range(experts)) if "{e}" in name else (at,)
+
+
+def _only_in(relative: str, scope: Scope) -> tuple[bool, bool]:
+    """(in layers with experts alone, in layers without alone) for a name inside a layer."""
+    experts = scope.experts
+    if experts is None:
+        return False, False
+    sparse = relative.startswith((experts.runtime + ".", *(f"{fused.runtime}." for fused in experts.linears)))
+    return sparse, not sparse and relative.startswith(experts.dense)
+
+
+def _blocks(name: str, scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -> range:
+    """The numbers of a tower's blocks, from config.json, or from what is stored where it does not tell."""
     tower = next(t for t in scope.towers if name.startswith(t.prefix + "."))
     section, _, key = tower.depth.partition(".")
     found = config.get(section)
     depth = found.get(key) if isinstance(found, Mapping) else None
-    if isinstance(depth, int):
-        return range(depth)
-    blocks = re.compile(re.escape(name[: name.index("{i}")]) + r"(\d+)\.")
+    if type(depth) is int:
+        return range(min(depth, MOST_LAYERS))
+    blocks = re.compile(re.escape(name[: name.index("{i}")]) + r"(\d{1,4})\.")
     return range(max((int(m[1]) + 1 for n in stored if (m := blocks.match(scope.canonical(n)))), default=0))
 
 
@@ -93,7 +113,11 @@ def _vision(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _sizes(scope: Scope, config: Mapping[str, Any]) -> dict[str, int]:
-    """The dimensions that config.json tells. head_dim is hidden_size / num_attention_heads: models/qwen2.py Qwen2Attention."""
+    """The dimensions that config.json tells.
+
+    head_dim is hidden_size / num_attention_heads in models/qwen2.py Qwen2Attention; models/qwen3_moe.py Qwen3MoeAttention takes
+    the config's own where it has one.
+    """
     text, vision = scope.text(config), _vision(config)
     sizes = {
         "vocab": text.get("vocab_size"),
@@ -105,13 +129,17 @@ def _sizes(scope: Scope, config: Mapping[str, Any]) -> dict[str, int]:
         "patch": vision.get("patch_size"),
         "frames": vision.get("temporal_patch_size"),
         "channels": vision.get("in_channels", 3),
+        "moe": text.get("moe_intermediate_size"),
+        "experts": text.get(scope.experts.count) if scope.experts else None,
     }
     known = {name: size for name, size in sizes.items() if isinstance(size, int)}
     heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
     if isinstance(heads, int) and heads > 0 and "hidden" in known:
-        known["q"] = known["hidden"] // heads * heads
+        head = text.get("head_dim")
+        known["head"] = head if isinstance(head, int) and scope.explicit_head_dim else known["hidden"] // heads
+        known["q"] = known["head"] * heads
         if isinstance(kv_heads, int):
-            known["kv"] = known["hidden"] // heads * kv_heads
+            known["kv"] = known["head"] * kv_heads
     if "vision" in known:
         known["vision_qkv"] = 3 * known["vision"]
         merge = vision.get("spatial_merge_size")
@@ -131,17 +159,36 @@ def server_linears(scope: Scope, config: Mapping[str, Any], stored: Iterable[str
     spell = speller(scope, names)
     found: list[ServerLinear] = []
     for layer in range(scope.layer_count(config)):
-        for fused in scope.linears:
-            shards = tuple(_module(f"{scope.layers}.{layer}.{s}", spell) for s in fused.shards)
-            found.append(ServerLinear(f"{scope.server_layers}.{layer}.{fused.runtime}", shards, "layers"))
+        at, server_at = f"{scope.layers}.{layer}", f"{scope.server_layers}.{layer}"
+        for fused in _layer_linears(scope, config, layer):
+            shards = tuple(_module(f"{at}.{s}", spell) for s in fused.shards)
+            found.append(ServerLinear(f"{server_at}.{fused.runtime}", shards, "layers"))
+        for expert in range(scope.expert_count(config, layer)):
+            for group in scope.experts.groups if scope.experts else ():
+                shards = tuple(_module(f"{at}.{s.replace('{e}', str(expert))}", spell) for s in group)
+                found.append(ServerLinear(f"{server_at}.{scope.experts.runtime}" if scope.experts else "", shards, "experts"))
     for tower in scope.towers:
         for fused in tower.linears:
-            for i in _numbers(f"{tower.prefix}.{fused.runtime}", scope, config, names):
+            numbers = _blocks(f"{tower.prefix}.{fused.runtime}", scope, config, names) if "{i}" in fused.runtime else range(1)
+            for i in numbers:
                 shards = tuple(_module(f"{tower.prefix}.{s.replace('{i}', str(i))}", spell) for s in fused.shards)
                 prefix = server_name(f"{tower.prefix}.{fused.runtime.replace('{i}', str(i))}", scope)
                 found.append(ServerLinear(prefix, shards, "tower"))
     heads = {server_name(f"{kept}.", scope).removesuffix("."): kept for kept in scope.kept}
     return (*found, *(ServerLinear(prefix, (_module(heads[prefix], spell),), "head") for prefix in scope.server_kept))
+
+
+def _layer_linears(scope: Scope, config: Mapping[str, Any], layer: int) -> tuple[Fused, ...]:
+    """The linears of a layer, without routed experts."""
+    if scope.experts is None or not scope.expert_count(config, layer):
+        return scope.linears
+    dense = scope.experts.dense
+    return (*(fused for fused in scope.linears if not fused.runtime.startswith(dense)), *scope.experts.linears)
+
+
+def expert_names(scope: Scope) -> tuple[str, ...]:
+    """The last parts of an expert's linears: gate_proj, up_proj, down_proj."""
+    return tuple(_last(shard) for group in (scope.experts.groups if scope.experts else ()) for shard in group)
 
 
 def packed_modules(scope: Scope) -> dict[str, tuple[str, ...]]:
@@ -164,77 +211,3 @@ def server_name(name: str, scope: Scope) -> str:
         if name.startswith(old):
             name = new + name[len(old) :]
     return name
-
-
-def server_patterns(patterns: Sequence[str], scope: Scope) -> tuple[str, ...]:
-    """exclude_modules as the server comes to hold it: `X*` becomes `X` and `X.*`, then each is mapped.
-
-    layers/quantization/modelopt.py ModelOptQuantConfigBase.apply_vllm_mapper.
-    """
-    expanded: list[str] = []
-    for pattern in patterns:
-        tree = len(pattern) >= 2 and pattern[-1] == "*" and pattern[-2] != "."
-        expanded += [pattern[:-1], pattern[:-1] + ".*"] if tree else [pattern]
-    return tuple(server_name(p, scope) for p in expanded)
-
-
-def treatment(prefix: str, patterns: Sequence[str], packed: Mapping[str, Sequence[str]]) -> Treatment:
-    """How the server builds the linear `prefix` (its own name) under `patterns` (from `server_patterns`).
-
-    layers/quantization/modelopt.py is_layer_excluded and get_quant_method, utils/quant_utils.py is_layer_skipped. In order:
-    exact, where a fused linear wants its own name or all its shards' names; substring; wildcards, against the fused name alone.
-    """
-    shards = packed.get(_last(prefix))
-    if shards is not None and prefix not in patterns:
-        listed = {prefix.replace(_last(prefix), shard) in patterns for shard in shards}
-        if len(listed) > 1:
-            return "refused"
-        exact = True in listed
-    elif shards is None and "experts" in prefix:
-        exact = any(prefix in p for p in patterns if "experts" in p)
-    else:
-        exact = prefix in patterns
-    inside = prefix.removeprefix("language_model.")
-    if (
-        exact
-        or any(p != prefix and (p in prefix or p in inside) for p in patterns)
-        or any(fnmatchcase(prefix, p) for p in patterns)
-    ):
-        return "kept"
-    old_towers = ("vision_tower", "vision_model", "vit_large_projector")
-    return "kept" if any(name in prefix for name in old_towers) else "quantized"
-
-
-def idle_patterns(patterns: Sequence[str], linears: Iterable[ServerLinear], scope: Scope) -> tuple[str, ...]:
-    """The patterns that, taken alone, keep no linear. Those naming embeddings are idle too, and harmless."""
-    packed, prefixes = packed_modules(scope), [linear.prefix for linear in linears]
-    alone = {p: server_patterns([p], scope) for p in patterns}
-    return tuple(p for p, mapped in alone.items() if all(treatment(prefix, mapped, packed) == "quantized" for prefix in prefixes))
-
-
-_KV_NAMES = re.compile(
-    r"(?:(?P<proj>[kv])_proj\.|attn\.|qkv_proj\.|)(?P<kind>[kv])_scale|(?P<cache>[kv])_cache\.scale|(?P<both>kv_scale)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class KVSlot:
-    """Where a stored KV scale goes. `misplaced`: it lies beside the other one's projection, and the suffix decides."""
-
-    attention: str
-    kind: Literal["k", "v"]
-    misplaced: bool
-
-
-def kv_slot(name: str) -> KVSlot | None:
-    """The slot of a KV scale in an attention module, or None for any other tensor.
-
-    layers/quantization/base_config.py get_cache_scale_mapper accepts beside ModelOpt's `k_proj.k_scale`: `self_attn.k_scale`,
-    `attn.k_scale`, `qkv_proj.k_scale`, `k_cache.scale`, and the deprecated `kv_scale`, which fills K and is copied to V.
-    """
-    attention, found, rest = name.rpartition(".self_attn.")
-    match = _KV_NAMES.fullmatch(rest) if found else None
-    if match is None:
-        return None
-    kind: Literal["k", "v"] = "v" if "v" in (match["kind"], match["cache"]) else "k"
-    return KVSlot(f"{attention}.self_attn", kind, match["proj"] not in (None, kind))

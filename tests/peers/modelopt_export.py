@@ -1,6 +1,9 @@
 """ModelOpt's own resident flow on CPU: the peer that ckptq is measured against.
 
     python tests/peers/modelopt_export.py --recipe demo.yaml --output DIR [--set KEY=VALUE]...
+    python tests/peers/modelopt_export.py --jobs JOBS.json
+
+JOBS.json: `[{"source": DIR, "output": DIR, "format": key of PRESETS, "kv": key of KV or null}, ...]`, calibrated on some held-out text.
 
 The model is whole in memory, and its full forward runs on each sample by itself, so that the vision tower takes part and no
 pad token reaches an observer. Run it in a process of its own: ModelOpt patches transformers and torch for good.
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -22,10 +26,20 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
+TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
+
+# The names of ModelOpt's presets, as attributes of modelopt.torch.quantization.
+PRESETS = {
+    "fp8": "FP8_DEFAULT_CFG",
+    "fp8_per_channel_per_token": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "fp8_pb_wo": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+}
+# What its preset FP8_KV_CFG sets, and the same with a constant in place of an amax: `--kv_cache_qformat fp8_cast`, hf_ptq.py's default.
+KV = {"fp8": {}, "fp8_cast": {"use_constant_amax": True}}
 
 
-def quant_cfg() -> list[dict[str, Any]]:
-    """FP8 static per tensor and FP8 KV for the language model.
+def quant_cfg(format: str = "fp8", kv: str | None = "fp8") -> list[dict[str, Any]]:
+    """A preset, FP8 static per tensor as it stands, and an FP8 KV cache, for the language model.
 
     Later entries win, and the KV entry matches the vision tower's attention too: what stays is disabled after it
     (ModelOpt 0.47.0 torch/quantization/conversion.py set_quantizer_by_cfg).
@@ -33,20 +47,23 @@ def quant_cfg() -> list[dict[str, Any]]:
     import modelopt.torch.quantization as mtq
 
     kept = [{"quantizer_name": pattern, "enable": False} for pattern in ("*visual*", "*lm_head*")]
-    return [*mtq.FP8_DEFAULT_CFG["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"], *kept]
+    cache = [{**entry, "cfg": {**entry["cfg"], **KV[kv]}} for entry in mtq.FP8_KV_CFG["quant_cfg"]] if kv else []
+    return [*getattr(mtq, PRESETS[format])["quant_cfg"], *cache, *kept]
 
 
-def export(source: Path, output: Path, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Quantizes `source`, a Qwen2.5-VL folder, and writes ModelOpt's export with the source's other files to `output`.
+def export(
+    source: Path, output: Path, samples: Sequence[Mapping[str, torch.Tensor]], format: str = "fp8", kv: str | None = "fp8"
+) -> None:
+    """Quantizes `source`, the folder of a VLM or a causal language model, and writes ModelOpt's export with the source's other
+    files to `output`.
 
     Each sample is what the model's forward takes (`input_ids` int64 [1, length], `pixel_values`, ...), unpadded.
     """
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
-    from transformers import AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16).eval()
+    model = load(source)
 
     def forward_loop(model: torch.nn.Module) -> None:
         with torch.inference_mode():
@@ -54,9 +71,28 @@ def export(source: Path, output: Path, samples: Sequence[Mapping[str, torch.Tens
                 model(**sample, use_cache=False)
 
     with contextlib.redirect_stdout(sys.stderr):
-        model = mtq.quantize(model, {"quant_cfg": quant_cfg(), "algorithm": "max"}, forward_loop)
+        model = mtq.quantize(model, {"quant_cfg": quant_cfg(format, kv), "algorithm": "max"}, forward_loop)
         export_hf_checkpoint(model, export_dir=output)
     copy_sidecars(source, output)
+
+
+def load(source: Path) -> torch.nn.Module:
+    """The whole model in BF16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    vision = hasattr(AutoConfig.from_pretrained(source), "vision_config")
+    model = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    return model.from_pretrained(source, dtype=torch.bfloat16).eval()
+
+
+def text_samples(source: Path, count: int = 8, length: int = 64) -> list[dict[str, torch.Tensor]]:
+    """`count` pieces of the held-out text, int64 [1, length] each."""
+    import torch
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(source)(TEXT.read_text(encoding="utf-8"))["input_ids"]
+    return [{"input_ids": torch.tensor([ids[i * length : (i + 1) * length]])} for i in range(count)]
 
 
 def copy_sidecars(source: Path, output: Path) -> None:
@@ -83,12 +119,19 @@ def encoded_samples(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[M
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--output", required=True, type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe")
+    what.add_argument("--jobs", type=Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
+    if options.jobs:
+        for job in json.loads(options.jobs.read_text(encoding="utf-8")):
+            source = Path(job["source"])
+            export(source, Path(job["output"]), text_samples(source), job["format"], job["kv"])
+        return
     source, samples = encoded_samples(options.recipe, options.overrides)
     export(source, options.output, samples)
 

@@ -1,0 +1,92 @@
+"""For people: every finding as a short paragraph, then the verdict and what it rests on. Colored on a terminal alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from ckptq.console import Console, amount, duration
+from ckptq.reports import Outcome, next_command, printable, rules, verdict
+from ckptq.validators import Finding
+from ckptq.validators.codes import CATALOG
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_SHOWN = 50
+"""Findings that are told in full; nobody reads on, and JSON has them all."""
+_COLORS = {"error": "bold red", "warning": "bold yellow", "FAILED": "bold red", "OK": "bold green"}
+_LABEL = 15
+
+
+def show(console: Console, outcome: Outcome) -> None:
+    """The whole result. A refusal is told on stderr, by whoever started the command."""
+    show_findings(console, outcome.findings)
+    said = verdict(outcome.findings, outcome.asked.strict)
+    word, _, rest = said.partition(":")
+    console.show(_text((printable(outcome.checkpoint), ""), (": ", ""), (word, _COLORS[word]), (f":{rest}", "")))
+    for label, text in _facts(outcome):
+        console.show(_row(label, text))
+
+
+def show_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """Each finding: code and meaning, where, expected, found, effect, mend."""
+    for f in findings[:_SHOWN]:
+        code = CATALOG.get(f.code)
+        meaning = f": {code.meaning}" if code else ""
+        many = f" ({f.count} places)" if f.count > 1 else ""
+        console.show(_text((f.severity, _COLORS[f.severity]), (": ", ""), (printable(f.code), "bold"), (meaning + many, "")))
+        for label in ("where", "expected", "found", "effect", "mend"):
+            console.show(_row(label, f.subject if label == "where" else getattr(f, label)))
+        console.show("")
+    if len(findings) > _SHOWN:
+        console.show(f"and {len(findings) - _SHOWN} more findings: --format json lists them\n")
+
+
+def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    asked = outcome.asked
+    parallel = (f", tensor parallel {asked.tp}" if asked.tp > 1 else "") + (", expert parallel" if asked.ep else "")
+    yield "rules", f"{rules(asked.server)}{parallel}"
+    yield "checked", ", ".join(f"{c.what} ({amount(c.amount, c.unit)})" for c in outcome.checked) or "nothing"
+    missing = [
+        *([] if asked.values else ["values"]),
+        *([] if asked.source else ["against the source (--source SRC)"]),
+        *([] if asked.load else ["in the real server (--load)"]),
+    ]
+    if missing:
+        yield "unchecked", ", ".join(missing)
+    served = outcome.served or {}
+    if served.get("version"):
+        took = f" in {duration(served['load_seconds'])}" if isinstance(served.get("load_seconds"), int | float) else ""
+        yield "server", f"vLLM {served['version']} loaded it as {served.get('quantization')}{took}"
+        if served.get("text"):
+            yield "", f"and goes on from the prompt with {served['text']!r}"
+    if outcome.ok:
+        yield "next", next_command(outcome)
+
+
+def _row(label: str, text: str) -> Text:
+    """A label, and beside it the text, wrapped under itself. Line breaks count in what the server said alone."""
+    head = f"    {label:<{_LABEL - 4}}"
+    lines = [
+        part
+        for line in printable(text, lines=label == "found").splitlines() or [""]
+        for part in textwrap.wrap(line, max(_width() - _LABEL, 24), break_on_hyphens=False) or [""]
+    ]
+    return _text((head, "dim"), (("\n" + " " * _LABEL).join(lines), ""))
+
+
+def _width() -> int:
+    """As wide as console.Console.show prints."""
+    asked = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return shutil.get_terminal_size().columns if asked else 120
+
+
+def _text(*parts: tuple[str, str]) -> Text:
+    from rich.text import Text
+
+    return Text.assemble(*parts)

@@ -1,0 +1,71 @@
+"""The server's side of the comparison: what vLLM will build from a checkpoint, and from which tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptq.checkpoint import TensorSpec
+from ckptq.scopes import Scope
+from ckptq.validators import Stored
+from ckptq.validators.formats import Format
+from ckptq.validators.methods import Settings, Treatment, find_method
+from ckptq.validators.vllm_rules import Parameter, ServerLinear, parameters, server_linears
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Made once for a checkpoint.
+
+    parameters  every tensor but scales that the server reads, by the checkpoint's name
+    linears     by checkpoint module: each shard of a fused linear points at the whole
+    built       by server prefix
+    """
+
+    scope: Scope
+    settings: Settings
+    tensors: Mapping[str, TensorSpec]
+    parameters: Mapping[str, Parameter]
+    linears: Mapping[str, ServerLinear]
+    built: Mapping[str, Treatment]
+
+    def format_of(self, module: str) -> Format | None:
+        """How the server stores this linear, or None where it is not quantized, or no linear."""
+        linear = self.linears.get(module)
+        treatment = self.built[linear.prefix] if linear else None
+        return treatment if isinstance(treatment, Format) else None
+
+
+def expect(stored: Stored, scope: Scope, settings: Settings) -> Expected:
+    """What vLLM will look for. Raises SourceError as `vllm_rules.parameters` does."""
+    linears = server_linears(scope, stored.config, stored.tensors)
+    return Expected(
+        scope,
+        settings,
+        stored.tensors,
+        {p.name: p for p in parameters(scope, stored.config, stored.tensors)},
+        {module: linear for linear in linears for module in linear.shards},
+        treatments(linears, scope, settings),
+    )
+
+
+def treatments(linears: tuple[ServerLinear, ...], scope: Scope, settings: Settings) -> dict[str, Treatment]:
+    """How each linear is built, by the server's name for it."""
+    method = find_method(settings.method)
+    assert method is not None  # settings come from a method
+    treat = method.matcher(settings, scope)
+    return {linear.prefix: treat(linear) for linear in linears}
+
+
+def idle_entries(at: Expected) -> tuple[str, ...]:
+    """The entries of the exclude list that, taken alone, keep nothing which would be quantized without them."""
+    linears = tuple(dict.fromkeys(at.linears.values()))
+    without = treatments(linears, at.scope, dataclasses.replace(at.settings, exclude=()))
+    reachable = tuple(linear for linear in linears if without[linear.prefix] != "kept")
+
+    def idle(entry: str) -> bool:
+        alone = treatments(reachable, at.scope, dataclasses.replace(at.settings, exclude=(entry,)))
+        return all(isinstance(treatment, Format) for treatment in alone.values())
+
+    return tuple(entry for entry in at.settings.exclude if idle(entry))

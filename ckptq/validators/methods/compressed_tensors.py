@@ -1,0 +1,263 @@
+"""`quant_method: compressed-tensors`, llm-compressor's words: FP8 weights per tensor, channel or block.
+
+Read in vLLM 0.32.0 model_executor/layers/quantization/compressed_tensors/{compressed_tensors,utils}.py and utils/config_utils.py;
+what a strategy means when it is left out, in compressed-tensors 0.17 quantization/quant_args.py QuantizationArgs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ckptq.errors import SourceError, UnsupportedError
+from ckptq.scopes import Scope
+from ckptq.validators import Code, Finding, error, has_errors
+from ckptq.validators.formats import Format, Granularity, compressed_tensors
+from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list
+from ckptq.validators.servers import Server
+from ckptq.validators.vllm_rules import ServerLinear, expert_names, packed_modules, server_name
+
+_SOURCE = "vLLM 0.32.0 model_executor/layers/quantization/compressed_tensors/compressed_tensors.py"
+CODES = {
+    "config.groups": Code("no config group says what is quantized, or one says it in a way that the server can't read", _SOURCE),
+    "config.format": Code("the format is absent, or none in which the server quantizes activations", _SOURCE),
+    "config.pattern": Code("an entry that is no valid regular expression", _SOURCE),
+    "config.ignore": Code("the ignore list is no list of names", _SOURCE),
+    "config.kv-scheme": Code("a KV scheme at which the server stops", _SOURCE + " CompressedTensorsKVCacheMethod"),
+}
+# utils.py is_activation_quantization_format. Only there does get_scheme look for FP8.
+_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized")
+_STRATEGIES = ("tensor", "channel", "block")
+_CLASSES = ("Linear", "RoutedExperts", "ParallelLMHead")
+_REGEX_SECONDS = 1.0
+"""For one match: an expression from a checkpoint may be made to run forever."""
+
+
+def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Finding]:
+    """Findings on the section."""
+    groups = section.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        yield error(
+            "config.groups",
+            f"{file}.config_groups",
+            "at least one group with targets and weights",
+            repr(groups),
+            "vLLM builds every linear unquantized, and stops at the first scale",
+            "write the group: targets, weights, input_activations",
+        )
+        return
+    for name, group in groups.items():
+        yield from _group_findings(group, f"{file}.config_groups.{name}", section.get("format"))
+    entries = section.get("ignore", [])
+    if not isinstance(entries, list) or any(not isinstance(e, str) for e in entries):
+        yield error(
+            "config.ignore", f"{file}.ignore", "a list of names", repr(entries), "vLLM raises", "write the names as a JSON list"
+        )
+    for entry in [*exclude_list(section, "ignore"), *(t for g in groups.values() for t in _targets(g))]:
+        if entry.startswith("re:") and not _compiles(entry[3:]):
+            yield error(
+                "config.pattern", f"{file}: {entry}", "a regular expression after `re:`", "one that does not compile",
+                "vLLM raises", "mend it; a module and all inside it is `re:.*name.*`",
+            )  # fmt: skip
+    yield from _kv_findings(section, file)
+
+
+def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding]:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or not _targets(group):
+        yield error(
+            "config.groups", where, "targets and weights", repr(group), "vLLM raises", "say what the group quantizes, and how"
+        )
+        return
+    if _is_attention(group) or weights.get("type", "int") != "float" or weights.get("num_bits", 8) != 8:
+        return
+    said = group.get("format") or top_format
+    if said not in _FORMATS:
+        yield error(
+            "config.format",
+            f"{where}.format",
+            "'float-quantized', here or for the whole section",
+            repr(said) if said else "absent",
+            "vLLM finds no scheme and raises",
+            "set format to float-quantized",
+        )
+    inputs = group.get("input_activations")
+    static = isinstance(inputs, Mapping) and not inputs.get("dynamic", False)
+    strategy = _strategy(weights)
+    if strategy not in _STRATEGIES or not weights.get("symmetric", True) or weights.get("dynamic", False):
+        yield error(
+            "config.groups", f"{where}.weights", "static, symmetric, strategy tensor, channel or block", repr(dict(weights)),
+            "vLLM finds no scheme and raises", "name the strategy that the scales are stored for",
+        )  # fmt: skip
+    elif strategy == "block" and (static or _block(weights) is None):
+        yield error(
+            "config.groups", where, "block_structure [rows, columns], and dynamic input_activations", repr(dict(group)),
+            "vLLM raises", "write block_structure [128, 128], and dynamic true for input_activations",
+        )  # fmt: skip
+
+
+def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
+    scheme = section.get("kv_cache_scheme")
+    if scheme is None:
+        return
+    ok = isinstance(scheme, Mapping) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8) and scheme.get("symmetric")
+    if not ok or scheme.get("strategy") not in ("tensor", "attn_head"):
+        yield error(
+            "config.kv-scheme", f"{file}.kv_cache_scheme", "type float, num_bits 8, symmetric true, strategy tensor or attn_head",
+            repr(scheme), "vLLM raises when it builds the first attention", "write these four keys, or null for a cache in BF16",
+        )  # fmt: skip
+
+
+def _targets(group: Any) -> list[str]:
+    targets = group.get("targets") if isinstance(group, Mapping) else None
+    return [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
+
+
+def _is_attention(group: Mapping[str, Any]) -> bool:
+    """from_config leaves such groups out: they speak of the KV cache."""
+    targets = _targets(group)
+    return len(targets) == 1 and targets[0].endswith("Attention")
+
+
+def _strategy(weights: Mapping[str, Any]) -> str:
+    return str(weights.get("strategy") or ("tensor" if weights.get("group_size") is None else "group"))
+
+
+def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """block_structure as [128, 128] or "128x128"."""
+    said = weights.get("block_structure")
+    parts = said.split("x") if isinstance(said, str) else said
+    if isinstance(parts, list) and len(parts) == 2 and all(str(n).isdecimal() and int(n) > 0 for n in parts):
+        return int(parts[0]), int(parts[1])
+    return None
+
+
+def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | None:
+    """The settings. Raises UnsupportedError where a group is not FP8."""
+    if has_errors(check(section, file, server)):
+        return None
+    strategies = []
+    for name, group in section["config_groups"].items():
+        weights = group["weights"]
+        if _is_attention(group):
+            continue
+        if weights.get("type", "int") != "float" or weights.get("num_bits", 8) != 8 or _strategy(weights) == "group":
+            raise UnsupportedError(
+                f"{file}.config_groups.{name}: weights of {weights.get('num_bits')} bits, type {weights.get('type')}, strategy "
+                f"{_strategy(weights)} can't be checked yet; what can: FP8 per tensor, channel or block",
+                hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
+            )
+        if classes := [t for t in _targets(group) if "." not in t and not t.startswith("re:") and t not in _CLASSES]:
+            raise UnsupportedError(
+                f"{file}.config_groups.{name}.targets: the class {classes[0]!r} can't be checked; what can: {', '.join(_CLASSES)}, "
+                "module names and expressions",
+                hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
+            )
+        strategies.append(_strategy(weights))
+    kv = section.get("kv_cache_scheme") is not None
+    form = ", ".join(dict.fromkeys(strategies))
+    return Settings(
+        file, "compressed-tensors", form, exclude_list(section, "ignore"), "ignore", kv, "kv_cache_scheme", section, server
+    )
+
+
+def matcher(settings: Settings, scope: Scope) -> Matcher:
+    """Which linears are built quantized: those that a group's targets reach by name or class, and the ignore list does not."""
+    packed = packed_modules(scope)
+    ignore = [_mapped(entry, scope) for entry in settings.exclude]
+    groups: dict[str, Format] = {}
+    for group in settings.section["config_groups"].values():
+        if not _is_attention(group):
+            groups |= dict.fromkeys((_mapped(t, scope) for t in _targets(group)), _format(group))
+
+    def of_name(name: str, kind: str) -> Treatment:
+        ignored = [any(_matches(n, e) for e in ignore) for n in _names(name, ignore, packed, settings.server)]
+        if any(ignored) and not all(ignored):
+            return "refused"
+        return "kept" if all(ignored) else _target(name, kind, groups, packed)
+
+    @functools.cache
+    def of_prefix(prefix: str, kind: str, experts: tuple[str, ...]) -> Treatment:
+        found = {of_name(f"{prefix}.0.{e}", kind) for e in experts} if experts else {of_name(prefix, kind)}
+        return found.pop() if len(found) == 1 else "refused"
+
+    def treat(linear: ServerLinear) -> Treatment:
+        kind = {"head": "ParallelLMHead", "experts": "RoutedExperts"}.get(linear.part, "Linear")
+        # compressed_tensors_moe.py get_moe_method: the projections of expert 0 are asked, and stand for all.
+        experts = expert_names(scope) if linear.part == "experts" else ()
+        return of_prefix(linear.prefix, kind, experts)
+
+    return treat
+
+
+def _mapped(entry: str, scope: Scope) -> str:
+    """apply_vllm_mapper: names with a dot follow the model's prefix rules, expressions do not."""
+    return server_name(entry, scope) if "." in entry and not entry.startswith("re:") else entry
+
+
+def _names(name: str, entries: Iterable[str], packed: Mapping[str, Sequence[str]], server: Server) -> list[str]:
+    """The names that are asked of a list: the linear's own where an entry matches it, else its shards'."""
+    last = name.rpartition(".")[2]
+    if last not in packed or any(_matches(name, e) for e in entries if server.fused_regex or not e.startswith("re:")):
+        return [name]
+    return [name.replace(last, shard) for shard in packed[last]]
+
+
+def _target(name: str, kind: str, groups: Mapping[str, Format], packed: Mapping[str, Sequence[str]]) -> Treatment:
+    """find_matched_target: the name, then all shards of a fused one, then the class, of which a target may be a part."""
+    by_name = next((form for target, form in groups.items() if _matches(name, target)), None)
+    if by_name is not None:
+        return by_name
+    fused = next((key for key in packed if name.endswith(key)), None)
+    if fused is not None:
+        found = [
+            next((form for target, form in groups.items() if _matches(name.replace(fused, shard), target)), None)
+            for shard in packed[fused]
+        ]
+        if found[0] is not None and None not in found:
+            return found[0]
+    # _add_fused_moe_to_target_scheme_map: "Linear" speaks of routed experts, too.
+    kinds = ("RoutedExperts", "Linear") if kind == "RoutedExperts" else (kind,)
+    for target, form in groups.items():
+        if target.startswith("re:"):
+            if any(_matches(k, target) for k in kinds[:1]):
+                return form
+        elif any(target.lower() in k.lower() for k in kinds):
+            return form
+    return "kept"
+
+
+def _format(group: Mapping[str, Any]) -> Format:
+    weights, inputs = group["weights"], group.get("input_activations")
+    static = isinstance(inputs, Mapping) and not inputs.get("dynamic", False)
+    granularity: Granularity = {"channel": "channel", "block": "block"}.get(_strategy(weights), "tensor")  # type: ignore[assignment]
+    return compressed_tensors(granularity, static=static, block=_block(weights) if granularity == "block" else None)
+
+
+def _compiles(pattern: str) -> bool:
+    import regex
+
+    try:
+        _expression(pattern)
+    except (regex.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+@functools.cache
+def _expression(pattern: str) -> Callable[..., Any]:
+    import regex  # vLLM's own choice, and it has a time limit
+
+    match: Callable[..., Any] = regex.compile(pattern).match
+    return match
+
+
+def _matches(value: str, entry: str) -> bool:
+    """is_equal_or_regex_match: `re:` matches from the start of the name; all else is compared whole."""
+    if not entry.startswith("re:"):
+        return value == entry
+    try:
+        return _expression(entry[3:])(value, timeout=_REGEX_SECONDS) is not None
+    except TimeoutError:
+        raise SourceError(f"config.json: the expression {entry!r} takes too long to match {value}") from None

@@ -1,0 +1,329 @@
+"""Tensor and expert parallelism: can every linear be shared out between N ranks, and do its scales go with it?
+
+Pure arithmetic on the shapes of the unfused weights [n, k], n rows and k columns. Paths in `CODES` and below are relative to
+vllm/model_executor of vLLM 0.32.0. Scales per tensor belong to every rank and scales per row go with their rows: only blocks can
+be cut. A vocabulary that does not divide is padded to a multiple of 64 first, and KV heads fewer than ranks are repeated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from ckptq.errors import UnsupportedError
+from ckptq.scopes import Scope, Split
+from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators.formats import MODELOPT_BLOCK, Format
+from ckptq.validators.servers import DEFAULT, Server
+from ckptq.validators.vllm_rules import ServerLinear, server_name
+
+CODES = {
+    "parallel.heads": Code("attention heads that --tp does not divide", "vLLM 0.32.0 config/model.py verify_with_parallel_config"),
+    "parallel.kv-heads": Code(
+        "KV heads that can neither be shared out nor repeated evenly", "vLLM 0.32.0 model_executor/models/qwen2.py Qwen2Attention"
+    ),
+    "parallel.tower-heads": Code(
+        "heads of a tower that --tp does not divide",
+        "vLLM 0.32.0 model_executor/models/qwen2_5_vl.py Qwen2_5_VisionAttention",
+    ),
+    "parallel.vocab": Code(
+        "a padded vocabulary that --tp does not divide",
+        "vLLM 0.32.0 model_executor/layers/vocab_parallel_embedding.py VocabParallelEmbedding",
+    ),
+    "parallel.size": Code(
+        "rows or columns that --tp does not divide",
+        "vLLM 0.32.0 model_executor/layers/linear.py ColumnParallelLinear, RowParallelLinear",
+    ),
+    "parallel.block-rows": Code(
+        "a block of scales that would lie in two shards or on two ranks",
+        "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py validate_fp8_block_shape; modelopt.py KFp8Block128",
+    ),
+    "parallel.block-columns": Code(
+        "columns per rank that are no whole blocks",
+        "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py validate_fp8_block_shape; modelopt.py KFp8Block128",
+    ),
+    "parallel.alignment": Code(
+        "rows or columns per rank that are no multiple of 16",
+        "vLLM 0.32.0 model_executor/kernels/linear/scaled_mm/cutlass.py and pytorch.py",
+    ),
+    "parallel.experts": Code(
+        "too few experts for --tp, or none for --ep",
+        "vLLM 0.32.0 model_executor/models/qwen3_moe.py Qwen3MoeSparseMoeBlock; config/model.py _verify_with_expert_parallelism",
+    ),
+    "parallel.expert-size": Code(
+        "an expert's intermediate size that --tp does not divide",
+        "vLLM 0.32.0 model_executor/layers/fused_moe/config.py FusedMoEConfig",
+    ),
+    "parallel.expert-block": Code(
+        "an expert's intermediate size per rank that is no whole blocks",
+        "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py validate_fp8_block_shape_moe",
+    ),
+    "parallel.expert-refined": Code(
+        "an expert's blocks that the server has to cut finer",
+        "vLLM 0.32.0 model_executor/layers/fused_moe/oracle/fp8.py refine_fp8_moe_block_shape",
+    ),
+}
+
+MOST_RANKS = 64
+_VOCAB_PAD = 64
+_ALIGNED = 16
+_FINEST_BLOCK = 32
+_OTHER_TP = "serve with a --tensor-parallel-size that fits"
+_OTHER_EP = f"{_OTHER_TP}, or with --enable-expert-parallel, which leaves experts whole"
+_OTHER_FORMAT = "or quantize per tensor or per channel, which can be cut anywhere"
+_RAISES = "vLLM refuses to start"
+
+
+def check(
+    scope: Scope,
+    config: Mapping[str, Any],
+    built: Iterable[tuple[ServerLinear, Format | None]],
+    shapes: Mapping[str, tuple[int, ...]],
+    tp: int,
+    *,
+    ep: bool = False,
+    tower_data_parallel: bool = False,
+    server: Server = DEFAULT,
+) -> Iterator[Finding]:
+    """What `tp` ranks would find wrong with the checkpoint.
+
+    `built`: every linear with the format that it is built in, None where it stays as in the source.
+    `shapes`: module as stored -> [n, k] of its weight; modules without one are passed over, layout.py reports them.
+    `ep`: routed experts are shared out whole. `tower_data_parallel`: --mm-encoder-tp-mode data, where towers are repeated.
+    Raises UnsupportedError for a `tp` outside 1..64.
+    """
+    if not 1 <= tp <= MOST_RANKS:
+        raise UnsupportedError(
+            f"--tp {tp}: expected 1 to {MOST_RANKS} ranks", hint="give the number that the server is to run with"
+        )
+    text = scope.text(config)
+    yield from _heads(text, tp)
+    yield from _vocabulary(text, tp)
+    yield from _experts(scope, text, tp, ep)
+    if not tower_data_parallel:
+        yield from _tower_heads(scope, config, tp)
+    splits = _splits(scope)
+    seen: set[tuple[str, int]] = set()
+    for linear, form in built:
+        sizes = [shape for shard in linear.shards if (shape := _matrix(shapes.get(shard))) is not None]
+        if len(sizes) != len(linear.shards):
+            continue
+        if linear.part == "experts":
+            # All experts of a layer are one module: the first of them speaks for all.
+            if form is not None and (linear.prefix, len(sizes)) not in seen:
+                seen.add((linear.prefix, len(sizes)))
+                yield from _expert_blocks(linear, form, sizes, 1 if ep else tp, server)
+            continue
+        whole = linear.part == "tower" and tower_data_parallel
+        split = "none" if whole else splits.get(_template(linear.prefix), "none")
+        yield from _linear(
+            _Cut(linear, form, split, 1 if split == "none" else tp, server), sizes, _head_counts(scope, config, linear)
+        )
+
+
+def _heads(text: Mapping[str, Any], tp: int) -> Iterator[Finding]:
+    heads, kv = _count(text, "num_attention_heads"), _count(text, "num_key_value_heads")
+    if heads is not None and heads % tp:
+        yield error(
+            "parallel.heads", "config.json: num_attention_heads", f"a multiple of {tp}", f"{heads}", _RAISES, _OTHER_TP
+        )  # fmt: skip
+    if kv is not None and _kv_per_rank(kv, tp) is None:
+        yield error(
+            "parallel.kv-heads", "config.json: num_key_value_heads", f"a multiple or a divisor of {tp}", f"{kv}", _RAISES, _OTHER_TP
+        )  # fmt: skip
+
+
+def _kv_per_rank(kv: int, tp: int) -> int | None:
+    """KV heads on each rank; fewer heads than ranks are repeated. None where neither comes out even. models/qwen2.py."""
+    if kv >= tp:
+        return None if kv % tp else kv // tp
+    return None if tp % kv else 1
+
+
+def _tower_heads(scope: Scope, config: Mapping[str, Any], tp: int) -> Iterator[Finding]:
+    for tower in scope.towers:
+        section = tower.depth.partition(".")[0]
+        heads = _count(_mapping(config.get(section)), "num_heads")
+        if heads is not None and heads % tp:
+            yield error(
+                "parallel.tower-heads", f"config.json: {section}.num_heads", f"a multiple of {tp}", f"{heads}", _RAISES,
+                f"{_OTHER_TP}, or with --mm-encoder-tp-mode data, which repeats the tower on each rank",
+            )  # fmt: skip
+
+
+def _vocabulary(text: Mapping[str, Any], tp: int) -> Iterator[Finding]:
+    vocab = _count(text, "vocab_size")
+    if vocab is not None and _up(vocab, _VOCAB_PAD) % tp:
+        yield error(
+            "parallel.vocab", "config.json: vocab_size", f"a multiple of {tp} once padded to a multiple of {_VOCAB_PAD}",
+            f"{vocab}, padded {_up(vocab, _VOCAB_PAD)}", _RAISES, _OTHER_TP,
+        )  # fmt: skip
+
+
+def _experts(scope: Scope, text: Mapping[str, Any], tp: int, ep: bool) -> Iterator[Finding]:
+    count = _count(text, scope.experts.count) if scope.experts else None
+    if ep and count is None:
+        yield error(
+            "parallel.experts", "--ep", "a model with routed experts", "none", _RAISES, "serve without --enable-expert-parallel"
+        )  # fmt: skip
+    if count is None or scope.experts is None:
+        return
+    if tp > count:
+        yield error(
+            "parallel.experts", f"config.json: {scope.experts.count}", f"at least {tp}", f"{count}", _RAISES, _OTHER_TP
+        )  # fmt: skip
+    size = _count(text, "moe_intermediate_size")
+    if size is not None and not ep and size % tp:
+        yield error(
+            "parallel.expert-size", "config.json: moe_intermediate_size", f"a multiple of {tp}", f"{size}", _RAISES, _OTHER_EP
+        )  # fmt: skip
+
+
+def _expert_blocks(linear: ServerLinear, form: Format, sizes: list[tuple[int, int]], tp: int, server: Server) -> Iterator[Finding]:
+    """Gate and up are cut by rows, down by columns; the server asks for whole blocks of rows with one rank too."""
+    if form.block is None:
+        return
+    (rows, columns), gated = form.block, len(sizes) > 1
+    size, hidden = sizes[0] if gated else (sizes[0][1], sizes[0][0])
+    if size % tp:
+        return
+    per_rank, wanted = size // tp, rows if gated else columns
+    if per_rank % wanted == 0 or (not gated and tp == 1):
+        return
+    what = (linear.shards[0], f"an intermediate size per rank that is a multiple of {wanted}", f"{per_rank}")
+    if (
+        form.weight_scale == "weight_scale_inv"
+        and server.refines_moe_blocks
+        and gcd(rows, columns, per_rank, hidden) >= _FINEST_BLOCK
+    ):
+        yield warning(
+            "parallel.expert-refined", *what, "vLLM cuts the blocks finer, which only its Triton kernels can use: slower", _OTHER_EP
+        )  # fmt: skip
+    else:
+        yield error("parallel.expert-block", *what, _RAISES, f"{_OTHER_EP}, {_OTHER_FORMAT}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """One linear and how it is shared out. `tp` is 1 where it is not."""
+
+    linear: ServerLinear
+    form: Format | None
+    split: Split
+    tp: int
+    server: Server
+
+
+def _linear(cut: _Cut, sizes: list[tuple[int, int]], heads: tuple[int, int] | None) -> Iterator[Finding]:
+    rows, columns = [n for n, _ in sizes], sizes[0][1]
+    if cut.split == "heads":
+        if heads is None or heads[0] % cut.tp or (kv := _kv_per_rank(heads[1], cut.tp)) is None:
+            return
+        # A tower stores q, k and v as one module, in three equal parts.
+        rows = [rows[0] // 3] * 3 if len(rows) == 1 else rows
+        rows = [rows[0] // cut.tp, *(n // heads[1] * kv for n in rows[1:])]
+    elif cut.split == "rows":
+        if any(n % cut.tp for n in rows):
+            yield _uneven(cut, "rows", max(rows, key=lambda n: n % cut.tp))
+            return
+        rows = [n // cut.tp for n in rows]
+    elif cut.split == "columns":
+        if columns % cut.tp:
+            yield _uneven(cut, "columns", columns)
+            return
+        columns //= cut.tp
+    if cut.form is None:
+        return
+    if cut.form.block is not None:
+        yield from _blocks(cut, cut.form.block, rows, columns)
+    elif cut.tp > 1 and (sum(rows) % _ALIGNED or columns % _ALIGNED):
+        yield warning(
+            "parallel.alignment", _subject(cut), f"rows and columns per rank that are multiples of {_ALIGNED}",
+            f"{sum(rows)} rows and {columns} columns per rank",
+            "vLLM's CUTLASS kernel pads at every call; where it is not built in, torch's kernel refuses at the first request",
+            _OTHER_TP,
+        )  # fmt: skip
+
+
+def _blocks(cut: _Cut, block: tuple[int, int], rows: list[int], columns: int) -> Iterator[Finding]:
+    """`rows` per rank of each shard, `columns` per rank, against blocks of [rows, columns].
+
+    fp8_utils.py validate_fp8_block_shape lets the last block of a linear be partial where nothing follows it, and with one rank
+    the columns' too. ModelOpt's FP8_PB_WO wants whole blocks of columns always; its rows nothing validates: linear.py
+    adjust_block_scale_shard rounds a shard's place up, so its scales come to lie beside other rows.
+    """
+    modelopt = cut.form == MODELOPT_BLOCK
+    followed = rows if cut.split in ("heads", "rows") and cut.tp > 1 else rows[:-1]
+    bad = next((n for n in followed if n % block[0]), None)
+    padded = modelopt and cut.server.pads_block_rows
+    if bad is None and modelopt and not padded and sum(rows) % block[0]:
+        bad = sum(rows)
+    if bad is not None:
+        wrong = "vLLM refuses to load it or gives rows the scales of other rows: wrong answers"
+        yield error(
+            "parallel.block-rows", _subject(cut), f"rows per shard and rank that are a multiple of {block[0]}", f"{bad} rows",
+            wrong if padded else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
+        )  # fmt: skip
+    if (modelopt or (cut.split == "columns" and cut.tp > 1)) and columns % block[1]:
+        yield error(
+            "parallel.block-columns", _subject(cut), f"columns per rank that are a multiple of {block[1]}", f"{columns} columns",
+            _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
+        )  # fmt: skip
+
+
+def _uneven(cut: _Cut, what: str, size: int) -> Finding:
+    more = ", or with --mm-encoder-tp-mode data, which repeats the tower on each rank" if cut.linear.part == "tower" else ""
+    return error(
+        "parallel.size", _subject(cut), f"{what} that are a multiple of {cut.tp}", f"{size} {what}", _RAISES, _OTHER_TP + more
+    )
+
+
+def _subject(cut: _Cut) -> str:
+    """The stored modules in brief: of several shards the first stands for all."""
+    return f"{cut.linear.shards[0]}.weight"
+
+
+def _head_counts(scope: Scope, config: Mapping[str, Any], linear: ServerLinear) -> tuple[int, int] | None:
+    """(heads, KV heads) of the part that a linear is in."""
+    if linear.part == "tower":
+        tower = next((t for t in scope.towers if linear.prefix.startswith(server_name(f"{t.prefix}.", scope))), None)
+        heads = _count(_mapping(config.get(tower.depth.partition(".")[0])), "num_heads") if tower else None
+        return (heads, heads) if heads is not None else None
+    text = scope.text(config)
+    heads, kv = _count(text, "num_attention_heads"), _count(text, "num_key_value_heads")
+    return (heads, kv) if heads is not None and kv is not None else None
+
+
+def _splits(scope: Scope) -> dict[str, Split]:
+    """{the server's name of a linear, with `{i}` for the number of its layer or block: how it is shared out}."""
+    layers = (*scope.linears, *(scope.experts.linears if scope.experts else ()))
+    found: dict[str, Split] = {f"{scope.server_layers}.{{i}}.{fused.runtime}": fused.split for fused in layers}
+    for tower in scope.towers:
+        found |= {server_name(f"{tower.prefix}.{fused.runtime}", scope): fused.split for fused in tower.linears}
+    return found
+
+
+def _template(prefix: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{i}", prefix, count=1)
+
+
+def _matrix(shape: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """A shape of two positive dimensions, else None."""
+    return (shape[0], shape[1]) if shape is not None and len(shape) == 2 and min(shape) > 0 else None
+
+
+def _count(section: Mapping[str, Any], key: str) -> int | None:
+    """A positive integer of config.json, else None: what is no number is for others to report."""
+    value = section.get(key)
+    return value if type(value) is int and value > 0 else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step

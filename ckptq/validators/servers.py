@@ -1,0 +1,127 @@
+"""Versions of vLLM whose rules differ, as data: what a validator's rule has to ask of the version that will serve.
+
+Every field of `Server` is one difference, with the file where it was read; paths are relative to vllm/. What is the same in all
+versions below has no field: the order of ModelOpt's exclude list after its expansion (exact, substring, wildcards), the exact
+names of native `fp8`, config.json before hf_quant_config.json, how a KV scheme is read and what a missing KV scale does
+(utils/torch_utils.py, layers/quantization/kv_cache.py), and that a quantized model's missing tensors go unnoticed.
+
+vLLM 0.11.2 was read too and left out: its ModelOpt knows FP8 and NVFP4 alone, in that spelling, expands no `X*`, matches no
+wildcards and takes no KV scheme from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from ckptq.errors import UnsupportedError
+
+Verified = Literal["loaded", "read"]
+
+_ALONE = frozenset({"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4"})
+_ALGOS = _ALONE | {"MXFP8", "MIXED_PRECISION"}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One version of vLLM.
+
+    version             as the flag names it: major and minor
+    verified            loaded: the mutation corpus was recorded with this version; read: its rules were read in its source
+    algos               values of ModelOpt's quant_algo, upper case; the case in the file does not matter.
+                        model_executor/layers/quantization/modelopt.py QUANT_ALGOS
+    algos_alone         those that are recognized in a section without quant_method, as hf_quant_config.json is.
+                        transformers_utils/model_arch_config_convertor.py _normalize_quantization_config
+    exclude_keys        keys of the exclude list in config.json's own section; the first that is there counts.
+                        modelopt.py ModelOptQuantConfigBase.from_config
+    head_quantized      ModelOpt quantizes lm_head where the list does not keep it. modelopt.py get_quant_method
+    fused_name_listed   ModelOpt and native fp8: the name of a fused linear counts, not only the names of all its shards.
+                        model_executor/layers/quantization/utils/quant_utils.py is_layer_skipped
+    fused_regex         compressed-tensors and Quark: a `re:` that matches the fused name counts; for Quark its plain name too.
+                        compressed_tensors/utils.py and quark/utils.py should_ignore_layer
+    unknown_refused     a tensor of the language model that has no place is refused, not dropped. The vision tower always refuses:
+                        by KeyError before, by ValueError since. model_executor/models/qwen2.py and qwen2_5_vl.py load_weights
+    attn_kv_names       `self_attn.attn.k_scale` is taken; before, it was dropped.
+                        model_executor/model_loader/weight_utils.py maybe_remap_kv_scale_name
+    stored_head_counts  a stored lm_head is loaded although the config calls it tied; before, it was passed over.
+                        config/model.py maybe_untie_word_embeddings
+    pads_block_rows     FP8_PB_WO takes rows (per rank) that 128 does not divide. modelopt.py _Fp8PbWoPartialBlock
+    refines_moe_blocks  native fp8 in blocks: an expert's rows (per rank) that 128 does not divide are taken in finer blocks.
+                        model_executor/layers/quantization/fp8.py Fp8MoEMethod
+    quark_blocks        Quark's qscheme per_block is known. quark/quark.py _is_fp8_w8a8
+    """
+
+    version: str
+    verified: Verified
+    algos: frozenset[str]
+    algos_alone: frozenset[str]
+    exclude_keys: tuple[str, ...]
+    head_quantized: bool
+    fused_name_listed: bool
+    fused_regex: bool
+    unknown_refused: bool
+    attn_kv_names: bool
+    stored_head_counts: bool
+    pads_block_rows: bool
+    refines_moe_blocks: bool
+    quark_blocks: bool
+
+
+_V20 = Server(
+    version="0.20",
+    verified="read",
+    algos=_ALGOS,
+    algos_alone=_ALONE,
+    exclude_keys=("ignore",),
+    head_quantized=False,
+    fused_name_listed=False,
+    fused_regex=False,
+    unknown_refused=False,
+    attn_kv_names=False,
+    stored_head_counts=False,
+    pads_block_rows=False,
+    refines_moe_blocks=False,
+    quark_blocks=False,
+)
+_V26 = replace(
+    _V20,
+    version="0.26",
+    algos=_ALGOS | {"W4A16_NVFP4"},
+    head_quantized=True,
+    fused_name_listed=True,
+    unknown_refused=True,
+    attn_kv_names=True,
+)
+_V30 = replace(
+    _V26,
+    version="0.30",
+    fused_regex=True,
+    stored_head_counts=True,
+    pads_block_rows=True,
+    refines_moe_blocks=True,
+    quark_blocks=True,
+)
+_V32 = replace(_V30, version="0.32", verified="loaded")
+_V33 = replace(
+    _V32,
+    version="0.33",
+    verified="read",
+    algos_alone=_ALONE | {"MIXED_PRECISION"},
+    exclude_keys=("ignore", "exclude_modules"),
+)
+
+SERVERS: Mapping[str, Server] = MappingProxyType({s.version: s for s in (_V20, _V26, _V30, _V32, _V33)})
+DEFAULT = _V32
+
+
+def find_server(text: str) -> Server:
+    """The server of `text`: `0.32`, `v0.32` and `0.32.1` are one. Raises UnsupportedError for a version that was never read."""
+    version = ".".join(text.strip().removeprefix("v").split(".")[:2])
+    if version in SERVERS:
+        return SERVERS[version]
+    raise UnsupportedError(
+        f"--vllm {text}: the rules of this version are not known; known: {', '.join(SERVERS)}",
+        hint="give the known version nearest to yours, and let --load try the folder with the vLLM that will serve it",
+    )

@@ -1,0 +1,64 @@
+"""Stored tensors that the server has no place for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ckptq.scopes import Scope
+from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators.expected import Expected
+from ckptq.validators.kv import KV_KINDS, layer_slot
+from ckptq.validators.layout import SCALE_KINDS, stray
+
+_LOADER = "vLLM 0.32.0 model_executor/models/utils.py AutoWeightsLoader._load_module"
+CODES = {
+    "layout.unknown-tensor": Code("a stored tensor that the server has no place for", _LOADER),
+    "layout.kv-on-tower": Code("KV scales outside the language model", _LOADER),
+}
+# Dropped without harm: AutoWeightsLoader skips rotary caches, QuantizationConfig what attention quantization leaves behind.
+_DROPPED = ("rotary_emb.inv_freq", ".g_idx", ".q_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point")
+
+
+def check(at: Expected) -> Iterator[Finding]:
+    """Findings on tensors that are no parameter and no scale of a quantized linear or of the KV cache."""
+    on_towers = [name for name in at.tensors if name.endswith(KV_KINDS) and _tower(name, at.scope) is not None]
+    yield from _kv_on_tower(on_towers, at.scope)
+    known = {*at.parameters, *on_towers}
+    for name in at.tensors:
+        module, _, kind = name.rpartition(".")
+        if name in known or (kind in SCALE_KINDS and module in at.linears) or layer_slot(name, at):
+            continue
+        if kind in SCALE_KINDS or name.endswith(KV_KINDS):
+            yield stray(name, "no quantized linear or attention of the server has this name")
+        elif kind == "bias":
+            yield warning(
+                "layout.unknown-tensor", name, "no such tensor", "stored",
+                "vLLM has no place for this bias and drops it silently, so the linear computes something else", "check config.json",
+            )  # fmt: skip
+        elif not name.endswith(_DROPPED):
+            yield error(
+                "layout.unknown-tensor",
+                name,
+                "no such tensor, by config.json and the server's names",
+                "stored",
+                "vLLM raises `There is no module or parameter named ...`",
+                "rename it (scales are weight_scale, input_scale, k_scale, v_scale; weight_scale_inv in blocks of method fp8), "
+                "remove it, or mend config.json",
+            )
+
+
+def _tower(name: str, scope: Scope) -> str | None:
+    return next((t.prefix for t in scope.towers if scope.canonical(name).startswith(f"{t.prefix}.")), None)
+
+
+def _kv_on_tower(names: Sequence[str], scope: Scope) -> Iterator[Finding]:
+    for name in names:
+        tower = _tower(name, scope)
+        first = scope.canonical(names[0]).removeprefix(f"{tower}.")
+        yield error(
+            "layout.kv-on-tower", name, f"no KV scale in {tower}: only the language model has a KV cache", "stored",
+            f"vLLM raises at such a key; older ones say no more than `KeyError: '{first}'`. `{tower}*` on the exclude list is no "
+            "help: it speaks of weights",
+            "drop the tensors. ModelOpt writes them where its KV settings come after the line that disables the tower: "
+            "disable the tower last and export again",
+        )  # fmt: skip

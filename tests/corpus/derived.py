@@ -1,0 +1,75 @@
+"""Further good exports, each an edit of one in corpus/bases.py: what exporters write for modules that stay as they were."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from corpus.bases import BASES, folder
+from corpus.edit import Edit, both, config, drop, ignoring, section, unquantized
+
+SHORT: Mapping[str, str] = {
+    "vl-modelopt": "vl-modelopt-fp8kv-peer",
+    "vl-cast": "vl-modelopt-fp8cast-peer",
+    "vl-ours": "vl-modelopt-fp8kv-ckptq",
+    "vl-nested": "vl-modelopt-fp8kv-ckptq-nested",
+    "vl-deep": "vl-modelopt-fp8kv-ckptq-deep",
+    "vl-tied": "vl-modelopt-fp8kv-ckptq-tied",
+    "vl-pcpt": "vl-modelopt-pcpt-peer",
+    "vl-pb-wo": "vl-modelopt-pbwo-peer",
+    "moe-modelopt": "moe-modelopt-fp8kv-peer",
+    "vl-ct-static": "vl-ct-fp8-peer",
+    "vl-ct-kv": "vl-ct-fp8kv-peer",
+    "vl-ct-dynamic": "vl-ct-dynamic-peer",
+    "vl-ct-block": "vl-ct-block-peer",
+    "moe-ct": "moe-ct-dynamic-peer",
+    "vl-fp8-static": "vl-fp8-static-relabeled",
+    "vl-fp8-dynamic": "vl-fp8-dynamic-relabeled",
+    "vl-fp8-block": "vl-fp8-block-relabeled",
+    "moe-fp8-block": "moe-fp8-block-relabeled",
+}
+"""Names of good exports in the mutants' names -> in corpus/bases.py."""
+
+O1 = "model.layers.1.self_attn.o_proj"
+QKV0 = tuple(f"model.layers.0.self_attn.{s}_proj" for s in "qkv")
+
+
+def kept(patterns: tuple[str, ...], *modules: str) -> Edit:
+    """The modules in BF16, and the exclude list says so."""
+    return both(unquantized(*modules), ignoring(lambda old: [*old, *patterns]))
+
+
+DERIVED: Mapping[str, tuple[str, Edit]] = {
+    "vl-kept-o": ("vl-modelopt", kept((O1,), O1)),
+    "vl-kept-qkv": ("vl-modelopt", kept(QKV0, *QKV0)),
+    "vl-deep-kept": ("vl-deep", kept(("model.layers.1.*",), "model.layers.1.*_proj")),
+    "vl-no-kv": ("vl-modelopt", both(drop("*.k_scale", "*.v_scale"), section(lambda s: s.pop("kv_cache_scheme")))),
+    "vl-ct-kept": ("vl-ct-dynamic", kept(QKV0, *QKV0)),
+    "vl-fp8-kept": ("vl-fp8-dynamic", kept(QKV0, *QKV0)),
+    "moe-kept-o": ("moe-modelopt", kept((O1,), O1)),
+    "vl-one-config": ("vl-modelopt", config(lambda c: c.pop("quantization_config"))),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every good export: its short name."""
+    return (*SHORT, *DERIVED)
+
+
+def origin(name: str) -> str:
+    """The name in corpus/bases.py that a short or derived name leads to."""
+    return SHORT[DERIVED[name][0] if name in DERIVED else name]
+
+
+def source(name: str) -> Path:
+    """The unquantized checkpoint of a good export."""
+    return BASES[origin(name)].source
+
+
+def make(name: str, target: Path) -> Path:
+    """Copies the good export to the new folder `target`."""
+    shutil.copytree(folder(origin(name)), target)
+    if name in DERIVED:
+        DERIVED[name][1](target)
+    return target

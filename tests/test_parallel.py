@@ -1,0 +1,364 @@
+"""Tensor and expert parallelism: each rule with a near miss, and the rules on blocks against the real functions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptq.checkpoint import read_inventory
+from ckptq.errors import UnsupportedError
+from ckptq.scopes.qwen2_5_vl import SCOPE
+from ckptq.scopes.qwen3_moe import SCOPE as MOE
+from ckptq.validators import Finding
+from ckptq.validators.formats import (
+    MODELOPT_BLOCK,
+    MODELOPT_FP8,
+    MODELOPT_PER_CHANNEL,
+    Format,
+    compressed_tensors,
+    native_block,
+)
+from ckptq.validators.parallel import check
+from ckptq.validators.servers import SERVERS
+from ckptq.validators.vllm_rules import ServerLinear, server_linears
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "tiny-qwen2.5-vl"
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+NATIVE = native_block((128, 128))
+COMPRESSED = compressed_tensors("block", static=False, block=(128, 128))
+FORMATS = (None, MODELOPT_FP8, MODELOPT_PER_CHANNEL, MODELOPT_BLOCK, NATIVE, COMPRESSED)
+BLOCKS = (MODELOPT_BLOCK, NATIVE, COMPRESSED)
+
+LAYER, AT = "model.layers.0", "language_model.model.layers.0"
+QKV = ServerLinear(f"{AT}.self_attn.qkv_proj", tuple(f"{LAYER}.self_attn.{s}_proj" for s in "qkv"), "layers")
+O = ServerLinear(f"{AT}.self_attn.o_proj", (f"{LAYER}.self_attn.o_proj",), "layers")  # noqa: E741
+GATE_UP = ServerLinear(f"{AT}.mlp.gate_up_proj", (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"), "layers")
+DOWN = ServerLinear(f"{AT}.mlp.down_proj", (f"{LAYER}.mlp.down_proj",), "layers")
+VISUAL_QKV = ServerLinear("visual.blocks.0.attn.qkv", ("visual.blocks.0.attn.qkv",), "tower")
+VISUAL_MLP = ServerLinear(
+    "visual.blocks.0.mlp.gate_up_proj", ("visual.blocks.0.mlp.gate_proj", "visual.blocks.0.mlp.up_proj"), "tower"
+)
+
+# Sizes of the hub's files.
+QWEN_3B = {"num_attention_heads": 16, "num_key_value_heads": 2, "num_hidden_layers": 36, "vocab_size": 151936, "hidden_size": 2048}
+QWEN_3B["vision_config"] = {"num_heads": 16, "depth": 32, "hidden_size": 1280, "intermediate_size": 3420}  # type: ignore[assignment]
+QWEN_7B = {**QWEN_3B, "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584, "vocab_size": 152064}
+MOE_30B = {
+    "num_attention_heads": 32, "num_key_value_heads": 4, "num_hidden_layers": 48, "vocab_size": 151936, "hidden_size": 2048,
+    "num_experts": 128, "moe_intermediate_size": 768,
+}  # fmt: skip
+
+
+def found(
+    config: Mapping[str, Any],
+    tp: int,
+    linear: ServerLinear | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
+    form: Format | None = None,
+    **more: Any,
+) -> list[Finding]:
+    scope = more.pop("scope", SCOPE)
+    built = [] if linear is None else [(linear, form)]
+    shapes = dict(zip(linear.shards, sizes, strict=True)) if linear else {}
+    return list(check(scope, config, built, shapes, tp, **more))
+
+
+def codes(findings: Sequence[Finding]) -> list[str]:
+    return [f"{f.severity} {f.code.removeprefix('parallel.')}" for f in findings]
+
+
+@pytest.mark.parametrize(("tp", "expected"), [(1, []), (4, []), (7, ["error kv-heads"]), (8, ["error heads", "error tower-heads"])])
+def test_attention_heads_are_shared_out_evenly(tp: int, expected: list[str]) -> None:
+    config = {**QWEN_7B, "vocab_size": 448 * 64, "vision_config": {"num_heads": 28}}
+    assert codes(found(config, tp)) == expected
+
+
+@pytest.mark.parametrize(("heads", "kv", "tp", "fits"), [(16, 2, 2, True), (16, 2, 4, True), (24, 6, 4, False), (24, 3, 12, True),
+                                                         (24, 3, 8, False), (24, 8, 8, True), (24, 1, 8, True)])  # fmt: skip
+def test_kv_heads_are_shared_out_or_repeated(heads: int, kv: int, tp: int, fits: bool) -> None:
+    config = {**QWEN_3B, "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": 192, "vision_config": {}}
+    assert codes(found(config, tp)) == ([] if fits else ["error kv-heads"])
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tp", "fits"), [(151936, 8, True), (151937, 64, True), (151936, 3, False), (192, 3, True), (129, 3, True)]
+)
+def test_the_vocabulary_is_padded_before_it_is_shared_out(vocab: int, tp: int, fits: bool) -> None:
+    assert codes(found({"vocab_size": vocab}, tp)) == ([] if fits else ["error vocab"])
+
+
+def test_a_tower_is_shared_out_too_unless_it_is_repeated() -> None:
+    sizes = [(3420, 1280), (3420, 1280)]
+    assert codes(found(QWEN_3B, 4, VISUAL_MLP, sizes)) == []
+    assert codes(found(QWEN_3B, 8, VISUAL_MLP, sizes)) == ["error size"]
+    assert codes(found(QWEN_3B, 8, VISUAL_MLP, sizes, tower_data_parallel=True)) == []
+    odd = {**QWEN_3B, "vision_config": {"num_heads": 12}}
+    assert codes(found(odd, 8, VISUAL_QKV, [(3 * 1280, 1280)], NATIVE)) == ["error tower-heads"]
+    assert codes(found(odd, 8, VISUAL_QKV, [(3 * 1280, 1280)], NATIVE, tower_data_parallel=True)) == []
+
+
+@pytest.mark.parametrize(("dim", "tp", "expected"), [(1280, 2, []), (1280, 4, ["error block-rows"]), (1152, 1, []), (1184, 1, [])])
+def test_a_tower_that_stores_one_qkv_is_three_shards(dim: int, tp: int, expected: list[str]) -> None:
+    assert codes(found(QWEN_3B, tp, VISUAL_QKV, [(3 * dim, 1280)], NATIVE)) == (["error block-rows"] if dim == 1184 else expected)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_columns_that_do_not_divide_are_refused(form: Format | None) -> None:
+    assert codes(found(QWEN_3B, 4, DOWN, [(2048, 1026)], form)) == ["error size"]
+    assert codes(found(QWEN_3B, 4, DOWN, [(2048, 1024)], form)) == []
+
+
+@pytest.mark.parametrize("form", BLOCKS)
+def test_blocks_are_not_cut(form: Format) -> None:
+    assert codes(found(QWEN_3B, 4, DOWN, [(2048, 11008)], form)) == ["error block-columns"]
+    assert codes(found(QWEN_3B, 2, DOWN, [(2048, 11008)], form)) == []
+    assert codes(found(QWEN_3B, 4, GATE_UP, [(11008, 2048)] * 2, form)) == ["error block-rows"]
+    assert codes(found(QWEN_3B, 2, GATE_UP, [(11008, 2048)] * 2, form)) == []
+
+
+@pytest.mark.parametrize("form", BLOCKS)
+@pytest.mark.parametrize(("gate", "up", "expected"), [(256, 192, []), (192, 256, ["error block-rows"]), (256, 256, [])])
+def test_only_the_last_shard_may_end_in_part_of_a_block(form: Format, gate: int, up: int, expected: list[str]) -> None:
+    assert codes(found(QWEN_3B, 1, GATE_UP, [(gate, 256), (up, 256)], form)) == expected
+
+
+def test_older_versions_take_no_part_of_a_block_in_modelopts_format() -> None:
+    sizes = [(256, 256), (192, 256)]
+    assert codes(found(QWEN_3B, 1, GATE_UP, sizes, MODELOPT_BLOCK, server=SERVERS["0.26"])) == ["error block-rows"]
+    assert codes(found(QWEN_3B, 1, GATE_UP, sizes, NATIVE, server=SERVERS["0.26"])) == []
+
+
+def test_modelopts_columns_are_whole_blocks_with_one_rank_too() -> None:
+    assert codes(found(QWEN_3B, 1, DOWN, [(256, 192)], MODELOPT_BLOCK)) == ["error block-columns"]
+    assert codes(found(QWEN_3B, 1, DOWN, [(256, 192)], NATIVE)) == []
+
+
+@pytest.mark.parametrize(("head", "tp", "expected"), [(128, 8, []), (64, 8, ["error block-rows"]), (64, 1, [])])
+def test_a_repeated_kv_head_is_a_shard_of_its_own(head: int, tp: int, expected: list[str]) -> None:
+    sizes = [(16 * head, 2048), (2 * head, 2048), (2 * head, 2048)]
+    assert codes(found(QWEN_3B, tp, QKV, sizes, NATIVE)) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "tp", "expected"),
+    [(11008, 4, []), (11008, 16, []), (864, 4, ["warning alignment"]), (864, 2, []), (864, 1, []), (840, 1, [])],
+)
+def test_rows_and_columns_per_rank_are_multiples_of_16(columns: int, tp: int, expected: list[str]) -> None:
+    assert codes(found(QWEN_3B, tp, DOWN, [(2048, columns)], MODELOPT_FP8)) == expected
+    assert codes(found(QWEN_3B, tp, DOWN, [(2048, columns)], None)) == []
+
+
+def expert(number: int) -> list[tuple[ServerLinear, list[tuple[int, int]]]]:
+    at, prefix = f"model.layers.0.mlp.experts.{number}", "model.layers.0.mlp.experts"
+    size, hidden = MOE_30B["moe_intermediate_size"], MOE_30B["hidden_size"]
+    return [
+        (ServerLinear(prefix, (f"{at}.gate_proj", f"{at}.up_proj"), "experts"), [(size, hidden)] * 2),
+        (ServerLinear(prefix, (f"{at}.down_proj",), "experts"), [(hidden, size)]),
+    ]
+
+
+def moe(tp: int, form: Format | None, **more: Any) -> list[str]:
+    pairs = [*expert(0), *expert(1)]
+    shapes = {module: size for linear, sizes in pairs for module, size in zip(linear.shards, sizes, strict=True)}
+    return codes(list(check(MOE, MOE_30B, [(linear, form) for linear, _ in pairs], shapes, tp, **more)))
+
+
+def test_experts_are_cut_in_whole_blocks_or_not_at_all() -> None:
+    assert moe(2, COMPRESSED) == moe(1, COMPRESSED) == []
+    assert moe(4, COMPRESSED) == ["error expert-block"] * 2
+    assert moe(4, COMPRESSED, ep=True) == []
+    assert moe(4, MODELOPT_FP8) == moe(4, None) == []
+
+
+def test_native_blocks_of_experts_are_refined_where_that_works() -> None:
+    assert moe(4, NATIVE) == ["warning expert-refined"] * 2
+    assert moe(4, NATIVE, server=SERVERS["0.26"]) == ["error expert-block"] * 2
+    assert moe(32, NATIVE)[-2:] == ["error expert-block"] * 2  # 24 rows a rank: no block of 32 fits
+
+
+def test_experts_and_ranks() -> None:
+    assert codes(found({"num_experts": 6, "moe_intermediate_size": 768}, 8, scope=MOE)) == ["error experts"]
+    assert codes(found({"num_experts": 6, "moe_intermediate_size": 768}, 4, scope=MOE, ep=True)) == []
+    assert codes(found({"num_experts": 8, "moe_intermediate_size": 100}, 8, scope=MOE)) == ["error expert-size"]
+    assert codes(found({"num_experts": 8, "moe_intermediate_size": 100}, 8, scope=MOE, ep=True)) == []
+    assert codes(found(QWEN_3B, 1, ep=True)) == ["error experts"]
+
+
+@pytest.mark.parametrize("tp", [0, -1, 65])
+def test_a_number_of_ranks_that_nobody_has_is_refused(tp: int) -> None:
+    with pytest.raises(UnsupportedError, match="1 to 64"):
+        found(QWEN_3B, tp)
+
+
+def test_every_linear_of_the_example_is_shared_out_as_its_scope_says() -> None:
+    main = read_inventory(EXAMPLE).main
+    linears = server_linears(SCOPE, main.config, main.tensors)
+    shapes = {name.removesuffix(".weight"): tensor.spec.shape for name, tensor in main.tensors.items()}
+    # 61 divides no dimension: whatever is cut is reported, once.
+    cut = {f.subject.removesuffix(".weight") for f in check(SCOPE, {}, [(li, None) for li in linears], shapes, 61)}
+    by_heads = [li for li in linears if li.prefix.endswith(("qkv_proj", "attn.qkv"))]
+    assert cut == {li.shards[0] for li in linears if li not in by_heads and li.part != "head"}
+
+
+JUNK = st.one_of(st.none(), st.integers(-3, 200), st.booleans(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
+KEYS = ("num_attention_heads", "num_key_value_heads", "vocab_size", "num_experts", "moe_intermediate_size", "vision_config")
+SHAPES = st.lists(st.integers(0, 600), max_size=3).map(tuple)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JUNK), st.lists(SHAPES, min_size=3, max_size=3), st.sampled_from(FORMATS))
+def test_one_rank_finds_nothing_where_there_are_no_blocks(config: Any, sizes: list[Any], form: Format | None) -> None:
+    built = [(linear, form) for linear in (QKV, O, GATE_UP, DOWN, VISUAL_QKV, VISUAL_MLP)]
+    shapes = {shard: size for linear, _ in built for shard, size in zip(linear.shards, sizes, strict=False)}
+    for tp in (1, 6):
+        findings = list(check(SCOPE, config, built, shapes, tp))
+        assert tp > 1 or form in BLOCKS or not findings
+
+
+# --- against the real thing ---
+
+ASK_VLLM = """
+import json, sys
+from types import SimpleNamespace
+import torch
+import vllm.distributed
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import linear
+from vllm.model_executor import parameter
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import refine_fp8_moe_block_shape
+from vllm.model_executor.layers.quantization import modelopt
+from vllm.model_executor.layers.quantization.utils.fp8_utils import validate_fp8_block_shape, validate_fp8_block_shape_moe
+
+BLOCK = [128, 128]
+
+def world(tp, rank):  # the ranks are pretended; what each of them builds and loads is not
+    for module in (linear, parameter, vllm.distributed):
+        module.get_tensor_model_parallel_world_size = lambda: tp
+        module.get_tensor_model_parallel_rank = lambda: rank
+
+def build(case, quant_config=None):
+    if case["kind"] == "qkv":
+        return linear.QKVParallelLinear(case["k"], case["head"], case["heads"], case["kv"], bias=False, quant_config=quant_config)
+    if case["kind"] == "merged":
+        return linear.MergedColumnParallelLinear(case["k"], case["rows"], bias=False, quant_config=quant_config)
+    return linear.RowParallelLinear(case["k"], case["rows"][0], bias=False, quant_config=quant_config)
+
+def native(case):
+    world(case["tp"], 0)
+    layer = build(case)
+    sizes = getattr(layer, "output_partition_sizes", [layer.output_size])
+    validate_fp8_block_shape(layer, layer.input_size, layer.output_size, layer.input_size_per_partition, sizes, BLOCK)
+
+def by_modelopt(case):
+    # Each stored scale says its shard and its row of blocks; each row of a rank must meet its own.
+    stored = [torch.arange(-(-n // 128), dtype=torch.float32).view(-1, 1, 1, 1).repeat(1, 1, case["k"] // 128, 1) + 1000 * s
+              for s, n in enumerate(case["rows"])]
+    for rank in range(case["tp"]):
+        world(case["tp"], rank)
+        layer = build(case, modelopt.ModelOptFp8Config("FP8_PB_WO", True, None, []))
+        names = {"qkv": "qkv", "merged": range(len(stored)), "row": [None]}[case["kind"]]
+        for name, scale in zip(names, stored):
+            layer.weight_loader_v2(layer.weight_scale, scale, *([] if name is None else [name]))
+        place = 0
+        for shard, rows in enumerate(getattr(layer, "output_partition_sizes", case["rows"])):
+            copies = layer.num_kv_head_replicas if case["kind"] == "qkv" and shard else 1
+            first = 0 if case["kind"] == "row" else rank // copies * rows
+            own = [1000 * shard + (first + row) // 128 for row in range(rows)]
+            met = [layer.weight_scale[(place + row) // 128, 0, 0, 0].item() for row in range(rows)]
+            assert own == met, "other rows' scales"
+            place += rows
+
+def experts(case):
+    world(case["tp"], 0)
+    size = case["size"] // case["tp"]
+    config = SimpleNamespace(intermediate_size_per_partition=size, hidden_dim=case["hidden"], tp_size=case["tp"])
+    if refine_fp8_moe_block_shape(config, BLOCK) is not None:
+        return "refined"
+    validate_fp8_block_shape_moe(size, BLOCK)
+
+def answer(ask, case):
+    try:
+        return ask(case) or "fits"
+    except (AssertionError, ValueError, RuntimeError, IndexError):
+        return "fails"
+
+# This machine has no kernel for blocks; which one is chosen is no part of the question.
+modelopt.select_linear_kernel = lambda *a, **k: None
+modelopt.expose_input_quant_key = lambda *a: None
+case = json.load(open(sys.argv[1]))
+with set_current_vllm_config(VllmConfig()), torch.device("cpu"):
+    found = {"native": [answer(native, c) for c in case["linears"]],
+             "modelopt": [answer(by_modelopt, c) for c in case["linears"]],
+             "experts": [answer(experts, c) for c in case["experts"]]}
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def real_vllm(case: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
+    question, answer, script = folder / "case.json", folder / "answer.json", folder / "ask.py"
+    question.write_text(json.dumps(case), encoding="utf-8")
+    script.write_text(ASK_VLLM, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "server" / "shim"), "HF_HUB_OFFLINE": "1",
+                   "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    done = subprocess.run([VLLM_PYTHON, script, question, answer], env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, list[str]] = json.loads(answer.read_text(encoding="utf-8"))
+    return found
+
+
+def drawn_linears(count: int) -> Iterator[dict[str, Any]]:
+    draw = random.Random(0)
+    for _ in range(count):
+        kind, tp = draw.choice(["qkv", "merged", "row"]), draw.choice([1, 1, 2, 3, 4, 8])
+        k = draw.choice([128, 256, 384, 512, 192, 1024])
+        if kind == "qkv":
+            kv = draw.choice([1, 2, 4])
+            heads, head = kv * draw.choice([1, 2, 4, 6]), draw.choice([32, 64, 128, 192])
+            yield {
+                "kind": kind,
+                "tp": tp,
+                "k": k,
+                "head": head,
+                "heads": heads,
+                "kv": kv,
+                "rows": [heads * head, kv * head, kv * head],
+            }
+        else:
+            sizes = [draw.choice([64, 128, 192, 200, 256, 384, 400, 512, 1024]) for _ in range(draw.choice([1, 2, 2]))]
+            yield {"kind": kind, "tp": tp, "k": k, "rows": sizes[:1] if kind == "row" else sizes}
+
+
+def our_answer(case: Mapping[str, Any], form: Format) -> str:
+    linear = {"qkv": QKV, "merged": GATE_UP, "row": DOWN}[case["kind"]]
+    linear = replace(linear, shards=linear.shards[: len(case["rows"])])
+    config = {"num_attention_heads": case.get("heads"), "num_key_value_heads": case.get("kv")}
+    return "fails" if found(config, case["tp"], linear, [(n, case["k"]) for n in case["rows"]], form) else "fits"
+
+
+@pytest.mark.server
+def test_the_rules_on_blocks_answer_as_the_real_vllm_does(tmp_path: Path) -> None:
+    linears = list(drawn_linears(400))
+    grid = itertools.product((64, 96, 128, 256, 768, 800, 1536), (128, 1024, 1040), (1, 2, 4, 8))
+    sizes = [{"size": size, "hidden": hidden, "tp": tp} for size, hidden, tp in grid if size % tp == 0]
+    real = real_vllm({"linears": linears, "experts": sizes}, tmp_path)
+    for form, name in ((NATIVE, "native"), (COMPRESSED, "native"), (MODELOPT_BLOCK, "modelopt")):
+        ours = [our_answer(case, form) for case in linears]
+        differ = [(case, theirs) for case, mine, theirs in zip(linears, ours, real[name], strict=True) if mine != theirs]
+        assert not differ, f"{name}: {len(differ)} differ, the first {differ[:3]}"
+        assert min(ours.count("fits"), ours.count("fails")) > 60
+    for case, theirs in zip(sizes, real["experts"], strict=True):
+        shapes = [[(case["size"], case["hidden"])] * 2, [(case["hidden"], case["size"])]]
+        findings = [f for (linear, _), at in zip(expert(0), shapes, strict=True) for f in found({}, case["tp"], linear, at, NATIVE)]
+        mine = "fits" if not findings else "refined" if {f.severity for f in findings} == {"warning"} else "fails"
+        assert mine == theirs, case
