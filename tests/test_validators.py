@@ -325,7 +325,7 @@ MUTANTS: dict[str, tuple[Mutation, str, str]] = {
         "error",
     ),
     "a layer too many": (config(lambda c: c["text_config"].update(num_hidden_layers=5)), "layout.unknown-tensor", "error"),
-    "weight_scale_inv": (rename(f"{OUT}.weight_scale", f"{OUT}.weight_scale_inv"), "layout.unknown-tensor", "error"),
+    "weight_scale_inv": (rename(f"{OUT}.weight_scale", f"{OUT}.weight_scale_inv"), "layout.stray-scale", "error"),
     "activation_scale": (rename(f"{OUT}.input_scale", f"{OUT}.activation_scale"), "layout.missing-scale", "error"),
     "bmm quantizer's amax": (put(f"{L0}self_attn.k_bmm_quantizer._amax", lambda _: f32(1.0)), "layout.unknown-tensor", "error"),
     "silent: bias with no place": (put(f"{OUT}.bias", lambda _: torch.zeros(256).bfloat16()), "layout.unknown-tensor", "warning"),
@@ -360,7 +360,7 @@ MUTANTS: dict[str, tuple[Mutation, str, str]] = {
         "layout.scale-shape",
         "error",
     ),
-    "kv scale of two": (put(f"{K}.k_scale", lambda _: torch.ones(2)), "layout.scale-shape", "error"),
+    "kv scale of two": (put(f"{K}.k_scale", lambda _: torch.ones(2)), "layout.kv-shape", "error"),
     "silent: q_proj with rows too many": (
         put(f"{Q}.weight", lambda t: torch.cat([codes(t[f"{Q}.weight"])] * 2).view(torch.float8_e4m3fn)),
         "layout.shape",
@@ -408,7 +408,7 @@ MUTANTS: dict[str, tuple[Mutation, str, str]] = {
     "silent: the files disagree on the cache": (other(lambda s: s.update(kv_cache_quant_algo=None)), "config.disagree", "warning"),
     "no quant_method": (section(lambda s: s.pop("quant_method")), "config.quant-method", "error"),
     "silent: native fp8": (section(lambda s: s.update(quant_method="fp8")), "config.quant-method", "error"),
-    "another algorithm": (section(lambda s: s.update(quant_algo="FP8_PER_CHANNEL_PER_TOKEN")), "config.quant-algo", "error"),
+    "another algorithm": (section(lambda s: s.update(quant_algo="FP8_PER_CHANNEL_PER_TOKEN")), "layout.scale-shape", "error"),
     "exclude list is a string": (section(lambda s: s.update(ignore="visual*")), "config.exclude-list", "error"),
     "silent: exclude_modules in config.json": (
         section(lambda s: s.update(exclude_modules=s.pop("ignore"))),
@@ -556,7 +556,7 @@ def test_a_pattern_that_reaches_nothing_is_named(copy: Path) -> None:
     exclude("lm_head", "model.embed_tokens", "model.visual")(copy)
     (finding,) = validate_folder(copy)
     assert "'model.visual' reach no linear" in finding.found
-    assert "images" in finding.mend
+    assert "images" in finding.effect
     assert finding.count == 4 * 5 + 2
 
 
