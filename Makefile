@@ -7,7 +7,7 @@ BIN := .venv/bin
 SERVER := .venv-vllm/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: .venv/installed
 	rm -rf out/demo
@@ -31,6 +31,10 @@ format: .venv/installed
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt torch==2.13.0
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	touch $@
+
+# The list of findings, from the validators' source.
+docs: .venv/installed
+	$(BIN)/python -m ckptq.reports.catalog docs/findings.md
 
 # The server has an environment of its own: it wants other versions of the same packages.
 .venv-vllm/installed: constraints-vllm.txt tests/server/shim/sitecustomize.py

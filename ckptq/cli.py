@@ -153,11 +153,11 @@ def _validated(checkpoint: str, asked: Asked, python: Path, console: Console) ->
     if asked.load:
         from ckptq.validators import vllm_load
 
-        served = vllm_load.load(opened.root, python)
+        served = vllm_load.load(opened.root, python, generate=asked.generate)
         findings = group([*findings, *served.findings])
     checked = tuple(Checked(what, *amount, console.seconds[what]) for what, amount in console.amounts.items())
     facts = {key: value for key, value in asdict(served).items() if key != "findings"} if served else None
-    return Outcome(checkpoint, asked, tuple(findings), checked, opened.label, facts)
+    return Outcome(checkpoint, asked, tuple(findings), checked, opened.label, facts, console.facts or None)
 
 
 @app.command()

@@ -23,13 +23,18 @@ LOG_EVERY = 30.0
 
 
 class Console:
-    """The only place that prints. Quiet ones are for library use and tests."""
+    """The only place that prints. Quiet ones are for library use and tests.
+
+    seconds, amounts  of each stage that ended
+    facts             what stages found out, for the summary
+    """
 
     def __init__(self, format: Literal["human", "json"] = "human", *, quiet: bool = False) -> None:
         self.format = format
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
         self.amounts: dict[str, tuple[int, Unit]] = {}
+        self.facts: dict[str, Any] = {}
 
     def note(self, text: str) -> None:
         """One line of talk."""

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptq import __version__, cost, hub, validate
-from ckptq.calibration import Sample, digest, load_samples
+from ckptq import __version__, cost, digest, hub, validate
+from ckptq.calibration import Sample, load_samples
+from ckptq.calibration import digest as samples_digest
 from ckptq.checkpoint import INDEX, Inventory, Reader, fingerprint, read_inventory
 from ckptq.console import Console
 from ckptq.cost import Cost
@@ -76,7 +77,12 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     if job.recipe.output is None:
         raise RecipeError("the recipe names no output", hint="add `output:` to it, or give --output OUT")
     if errors := [f for f in job.findings if f.severity == "error"]:
-        raise DataError(f"the planned output would not be served right:\n{_listed(errors)}", hint=errors[0].mend)
+        raise DataError(
+            f"the planned output would not be served right:\n{_listed(errors)}",
+            hint="nothing was computed or written; mend the source or the recipe",
+        )
+    for finding in job.findings:
+        console.warn(f"of the planned output: {finding.code}: {finding.subject}: {finding.found}: {finding.effect}")
     output = Path(job.recipe.output)
     samples = load_samples(job.recipe.calibration) if job.plan.calibrated else []
     if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
@@ -122,13 +128,18 @@ def _produce(
         if plan.calibrated:
             table |= _activations(job, samples, journal, reader, record["device"], waiting, console)
         amax: dict[Observer, float] = {by_name[name]: value for name, value in table.items()}
+        digests: dict[str, str] = {}
         with console.stage("write", component.nbytes, "bytes") as advance:
             for shard in plan.shards:
                 if (journal.model / shard.file).is_file():
+                    # A kill may have struck between the file and its digests.
+                    digests |= journal.load(shard.file) or digest.of_shard(journal.model / shard.file)
                     advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if not isinstance(op, Scale)))
                 else:
-                    write_shard(journal.model, shard, component, reader, amax, advance)
-    _write_files(job, journal, record, table)
+                    written = write_shard(journal.model, shard, component, reader, amax, advance)
+                    journal.save(shard.file, written)
+                    digests |= written
+    _write_files(job, journal, record, table, digests)
     source = job.source.root if job.recipe.validation.passthrough else None
     findings = validate.validate_folder(
         journal.model, source=source, values=job.recipe.validation.values, staged=True, progress=console
@@ -142,7 +153,9 @@ def _produce(
 
 
 def _listed(findings: Sequence[Finding]) -> str:
-    return "\n".join(f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.found}" for f in findings)
+    return "\n".join(
+        f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.found}\n    {f.effect}; {f.mend}" for f in findings
+    )
 
 
 def _activations(
@@ -177,7 +190,7 @@ def _activations(
     return named
 
 
-def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table: dict[str, float]) -> None:
+def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table: dict[str, float], digests: dict[str, str]) -> None:
     """Sidecars, the generated configs and index, and ckptq.json."""
     base = job.source.root / job.inventory.main.folder
     for name in job.plan.sidecars:
@@ -189,6 +202,10 @@ def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table:
         "amax": {o.name: table[o.name] for o in job.plan.observers},
         "decisions": [asdict(d) for d in job.plan.decisions],
         "config_changes": list(job.plan.config_changes),
+        "digests": {
+            "tensors": dict(sorted(digests.items())),
+            "files": digest.of_files(journal.model, digest.recorded([*job.plan.sidecars, *job.plan.files])),
+        },
     }
     write_text(journal.model / RECORD, json.dumps(body, indent=1) + "\n")
     sync_folder(journal.model)
@@ -205,7 +222,7 @@ def _job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, 
         "source": job.source.label or "local folder",
         "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
         "source_files": _files_digest(job.source.root / job.inventory.main.folder, job.plan.sidecars),
-        "samples": digest(samples) if samples else None,
+        "samples": samples_digest(samples) if samples else None,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": versions,

@@ -6,13 +6,14 @@ scalar as `[1]`, is no change. A small JSON file's digest covers what it says, n
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckptq.checkpoint import INDEX, Component, read_inventory
+from ckptq.checkpoint import INDEX, Component, SourceTensor, TensorSpec, read_header, read_inventory
 
 if TYPE_CHECKING:
     import xxhash
@@ -39,10 +40,44 @@ def join(parts: Sequence[bytes]) -> str:
     return parts[0].hex() if len(parts) == 1 else xxhash.xxh3_128_hexdigest(b"".join(parts))
 
 
+class Running:
+    """The digest of a tensor whose bytes come piece by piece, in order."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._parts: list[bytes] = []
+        self._part = hasher(dtype)
+        self.nbytes = 0
+
+    def update(self, data: memoryview) -> None:
+        """Takes the next bytes."""
+        at = 0
+        while at < len(data):
+            if self.nbytes and self.nbytes % PART == 0:
+                self._parts.append(self._part.digest())
+                self._part = hasher(self._dtype)
+            piece = data[at : at + PART - self.nbytes % PART]
+            self._part.update(piece)
+            self.nbytes += len(piece)
+            at += len(piece)
+
+    def hexdigest(self) -> str:
+        """The digest of what came so far."""
+        return join([*self._parts, self._part.digest()])
+
+
+def of_shard(path: Path) -> dict[str, str]:
+    """{name: digest} of the tensors in one weight file. Raises as `read_header` does."""
+    entries = read_header(path).items()
+    tensors = {n: SourceTensor(TensorSpec(n, e["dtype"], e["shape"]), path.name, e["offset"]) for n, e in entries}
+    return of_tensors(path.parent, Component("", "", {}, tensors, (path.name,), (), ()), lambda _: None)
+
+
 def of_folder(root: Path, advance: Callable[[int], None] = lambda _: None) -> dict[str, dict[str, str]]:
     """{"tensors": {name: digest}, "files": {name: digest}} of the checkpoint in `root`, as it lies on the disk."""
     component = read_inventory(root).main
-    return {"tensors": of_tensors(root, component, advance), "files": of_files(root, recorded_files(component))}
+    files = recorded(["config.json", *component.sidecars])
+    return {"tensors": of_tensors(root, component, advance), "files": of_files(root, files)}
 
 
 def of_tensors(root: Path, component: Component, advance: Callable[[int], None]) -> dict[str, str]:
@@ -52,11 +87,9 @@ def of_tensors(root: Path, component: Component, advance: Callable[[int], None])
     return dict(sorted((tensor.spec.name, seen.digest) for tensor, seen in scan(root, component, advance, digests=True)))
 
 
-def recorded_files(component: Component) -> Iterator[str]:
-    """The files that a record covers: all but the weights, their index, the record itself and what is for people."""
-    for name in ("config.json", *component.sidecars):
-        if name not in (INDEX, "ckptq.json") and not is_document(name):
-            yield name
+def recorded(names: Iterable[str]) -> list[str]:
+    """Of these files those that a record covers: all but the weights' index, the record itself and what is for people."""
+    return [name for name in names if name not in (INDEX, "ckptq.json") and not is_document(name)]
 
 
 def is_document(name: str) -> bool:
@@ -75,10 +108,8 @@ def _of_file(path: Path) -> str:
     total = xxhash.xxh3_128()
     if path.suffix == ".json" and path.stat().st_size <= PARSED:
         data = path.read_bytes()
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON counts as it stands
             data = json.dumps(json.loads(data), sort_keys=True, separators=(",", ":")).encode()
-        except (ValueError, RecursionError):
-            pass  # as it stands, then
         return xxhash.xxh3_128_hexdigest(data)
     with path.open("rb") as file:
         while block := file.read(1 << 20):

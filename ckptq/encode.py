@@ -80,13 +80,13 @@ def group_scale(amax: Mapping[Observer, float], observers: tuple[Observer, ...])
 
 def write_shard(
     folder: Path, shard: ShardSpec, component: Component, reader: Reader, amax: Mapping[Observer, float], advance: Advance
-) -> None:
-    """One output file, complete and on the disk when this returns."""
+) -> dict[str, str]:
+    """One output file, complete and on the disk when this returns. Returns its tensors' digests, by name."""
     chunks = Chunks(reader)
     scratch = torch.empty(CHUNK, dtype=torch.float32)
     codes = torch.empty(CHUNK, dtype=torch.float8_e4m3fn)
     bytes_of_codes = raw(codes)
-    with TensorFile(folder / shard.file, [op.output for op in shard.ops], shard.offsets) as file:
+    with TensorFile(folder / shard.file, [op.output for op in shard.ops], shard.offsets, digests=True) as file:
         for op in shard.ops:
             name = op.output.name
             if isinstance(op, Scale):
@@ -103,4 +103,4 @@ def write_shard(
                     fp8.encode(values, group_scale(amax, op.amax), scratch[:n], codes[:n])
                     file.write(name, start // values.element_size(), bytes_of_codes[:n])
             advance(source.spec.nbytes)
-        file.finish()
+        return file.finish()

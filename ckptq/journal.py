@@ -1,7 +1,7 @@
 """What an unfinished job keeps in its staging folder, so that `--resume` goes on where a kill struck.
 
     job.json                 what the job is: plan, source, samples, versions; a resumed run must agree on all of it
-    amax.json                the amaxes known so far, by stage
+    STAGE.json               the amaxes that a stage found; the digests of what a finished file holds
     calibration.safetensors  hidden states of the waiting samples before one layer, and the amaxes up to it
     model/                   finished output files under their final names, unfinished ones as *.partial
     publishing               present once the files in model/ are complete, checked and on their way out
@@ -97,13 +97,13 @@ class Journal:
         job: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")).get("job", {}) if record.is_file() else {}
         return job
 
-    def load(self, stage: str) -> dict[str, float] | None:
-        """The amax table that a finished stage left, {observer name: amax}."""
+    def load(self, stage: str) -> dict[str, Any] | None:
+        """The table that a finished stage left: {observer name: amax}, or {tensor: digest} of a weight file."""
         path = self.staging / f"{stage}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def save(self, stage: str, table: Mapping[str, float]) -> None:
-        """Keeps a finished stage's amaxes. A float32 survives the trip through JSON exactly."""
+    def save(self, stage: str, table: Mapping[str, Any]) -> None:
+        """Keeps a finished stage's table. A float32 survives the trip through JSON exactly."""
         write_text(self.staging / f"{stage}.json", json.dumps(dict(table), indent=1) + "\n")
 
     def written_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from ckptq.errors import SourceError
 from ckptq.json_file import read_json
 from ckptq.plan import Plan, module_of
 from ckptq.scopes import Scope, find_scope
-from ckptq.validators import Finding, Stored, configs, files, kv, layout, parallel, strays
-from ckptq.validators.expected import expect
+from ckptq.validators import Finding, Stored, configs, files, kv, layout, parallel, record, strays
+from ckptq.validators.expected import Expected, expect
 from ckptq.validators.grouping import group, has_errors
 from ckptq.validators.servers import DEFAULT, Server
 
@@ -25,7 +26,7 @@ def validate_plan(plan: Plan, scope: Scope) -> list[Finding]:
     """What the server would find wrong with the output of this plan: names, dtypes, shapes, configs. Pure, no torch."""
     other = plan.files.get(configs.OTHER)
     stored = Stored(json.loads(plan.files["config.json"]), json.loads(other) if other else None, plan.tensors)
-    return group(_layout(stored, scope, DEFAULT, 1, False))
+    return group(_layout(stored, scope, DEFAULT, 1, False, {}))
 
 
 def validate_folder(
@@ -54,13 +55,18 @@ def validate_folder(
     tensors = {name: tensor.spec for name, tensor in main.tensors.items()}
     talk = progress or Console(quiet=True)
     with talk.stage("layout", len(tensors), "tensors") as advance:
-        findings = list(_layout(Stored(main.config, _other_config(folder), tensors), scope, server, tp, ep))
+        findings = list(_layout(Stored(main.config, _other_config(folder), tensors), scope, server, tp, ep, talk.facts))
         findings += files.check(folder, main, values=values)
         advance(len(tensors))
+    written, odd = record.read(folder)
+    digests: dict[str, str] | None = {} if values and written and written.tensors is not None else None
     if values:
-        findings += _values(inventory, scope, talk)
+        findings += _values(inventory, scope, talk, digests)
+    findings += odd
+    if written:
+        findings += record.check(written, folder, main, digests)
     if source is not None and passthrough:
-        findings += _passthrough(inventory, read_inventory(source), talk)
+        findings += _passthrough(inventory, read_inventory(source), scope, talk)
     return group(findings)
 
 
@@ -82,12 +88,14 @@ def refuse_unfinished(folder: Path, *, staged: bool = False) -> None:
         )
 
 
-def _layout(stored: Stored, scope: Scope, server: Server, tp: int, ep: bool) -> Iterator[Finding]:
+def _layout(stored: Stored, scope: Scope, server: Server, tp: int, ep: bool, facts: dict[str, Any]) -> Iterator[Finding]:
+    """Findings without values; `facts` gets what the server will build."""
     yield from configs.check(stored, scope, server)
     settings = configs.settings(stored, scope, server)
     if settings is None:
         return
     at = expect(stored, scope, settings)
+    facts |= figures(at)
     for validator in (layout, strays, kv):
         yield from validator.check(at)
     if tp > 1 or ep:
@@ -107,15 +115,27 @@ def _other_config(folder: Path) -> Mapping[str, Any] | None:
     return data
 
 
-def _values(inventory: Inventory, scope: Scope, talk: Console) -> list[Finding]:
+def _values(inventory: Inventory, scope: Scope, talk: Console, digests: dict[str, str] | None) -> list[Finding]:
     from ckptq.validators import values
 
     with talk.stage("values", inventory.main.nbytes, "bytes") as advance:
-        return list(values.check(inventory.root, inventory.main, scope, advance))
+        return list(values.check(inventory.root, inventory.main, scope, advance, digests))
 
 
-def _passthrough(output: Inventory, source: Inventory, talk: Console) -> list[Finding]:
+def _passthrough(output: Inventory, source: Inventory, scope: Scope, talk: Console) -> list[Finding]:
     from ckptq.validators import passthrough
 
     with talk.stage("passthrough", output.main.nbytes, "bytes") as advance:
-        return list(passthrough.check(output, source, advance))
+        return list(passthrough.check(output, source, scope, advance))
+
+
+def figures(at: Expected) -> dict[str, Any]:
+    """What the server will build, in figures: `linears` by the format it stores them in, counted as the checkpoint names them."""
+    formats = Counter(form.name for module in at.linears if (form := at.format_of(module)))
+    return {
+        "method": at.settings.method,
+        "format": at.settings.format,
+        "kv_cache": "fp8" if at.settings.kv_fp8 else "auto",
+        "linears": dict(formats),
+        "kept": len(at.linears) - formats.total(),
+    }

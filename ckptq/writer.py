@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptq.checkpoint import TensorSpec
+from ckptq.digest import Running
 from ckptq.errors import OutputError
 
 PARTIAL = ".partial"
@@ -39,13 +40,20 @@ class TensorFile:
     """
 
     def __init__(
-        self, path: Path, specs: Iterable[TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        specs: Iterable[TensorSpec],
+        offsets: Mapping[str, int],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        digests: bool = False,
     ) -> None:
         self._path = path
         self._partial = path.with_name(path.name + PARTIAL)
         self._specs = {spec.name: spec for spec in specs}
         self._offsets = offsets
         self._left = {name: spec.nbytes for name, spec in self._specs.items()}
+        self._digests = {name: Running(spec.dtype) for name, spec in self._specs.items()} if digests else {}
         head = _header(self._specs, offsets, metadata or {"format": "pt"})
         self._start = len(head)
         with writing(self._partial):
@@ -54,19 +62,23 @@ class TensorFile:
             _write_all(self._fd, memoryview(head), 0)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Writes bytes of tensor `name`, `start` bytes into it."""
+        """Writes bytes of tensor `name`, `start` bytes into it; where digests are wanted, in order."""
         with writing(self._path):
             _write_all(self._fd, data, self._start + self._offsets[name] + start)
         self._left[name] -= len(data)
+        if self._digests:
+            assert self._digests[name].nbytes == start
+            self._digests[name].update(data)
 
-    def finish(self) -> None:
-        """Checks that every tensor is complete, flushes to the disk and gives the file its name."""
+    def finish(self) -> dict[str, str]:
+        """Checks that every tensor is complete, flushes to the disk and gives the file its name. Returns the digests."""
         if wrong := [name for name, left in self._left.items() if left]:
             raise AssertionError(f"{self._path.name}: {wrong[0]} has {self._left[wrong[0]]} bytes left to write")
         with writing(self._path):
             os.fsync(self._fd)
             self.close()
             self._partial.replace(self._path)
+        return {name: total.hexdigest() for name, total in self._digests.items()}
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -25,7 +25,7 @@ from ckptq.recipe import load_recipe
 from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.validate import group, has_errors, validate_folder, validate_plan
 from ckptq.validators import Finding, error, warning
-from ckptq.validators.passthrough import as_float32, decode
+from ckptq.validators.rounding import as_float32, decode
 from ckptq.validators.vllm_load import judge, load
 
 ROOT = Path(__file__).parent.parent
@@ -650,7 +650,7 @@ def one_weight(folder: Path, weight: torch.Tensor, divide: Callable[[torch.Tenso
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text("{}", encoding="utf-8")
         save_file(stored, folder / name / WEIGHTS)
-    return list(passthrough.check(read_inventory(folder / "after"), read_inventory(folder / "before")))
+    return list(passthrough.check(read_inventory(folder / "after"), read_inventory(folder / "before"), SCOPE))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -687,7 +687,7 @@ def test_a_source_that_is_not_finite_is_beyond_the_bound(tmp_path: Path, value: 
     save_file({"x.weight": weight}, tmp_path / "before" / WEIGHTS)
     from ckptq.validators import passthrough
 
-    (finding,) = passthrough.check(read_inventory(tmp_path / "after"), read_inventory(tmp_path / "before"))
+    (finding,) = passthrough.check(read_inventory(tmp_path / "after"), read_inventory(tmp_path / "before"), SCOPE)
     assert finding.found.startswith("1 of 64 weights are not, first [3, 5]")
 
 

@@ -66,6 +66,7 @@ class Outcome:
     checkpoint  as the user named it
     resolved    `org/name@commit`, where it came from the Hub
     served      what the real server did, without its findings, or None where it was not asked
+    built       what the server will build (`validate.figures`), or None where the config can't be read
     refusal     set where the checkpoint couldn't be judged; `findings` is empty then
     """
 
@@ -75,6 +76,7 @@ class Outcome:
     checked: tuple[Checked, ...] = ()
     resolved: str | None = None
     served: Mapping[str, Any] | None = None
+    built: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
 
     @property
@@ -134,16 +136,17 @@ def rules(server: Server) -> str:
     return f"vLLM {server.version} ({how})"
 
 
-def skipped(group: str, asked: Asked) -> str | None:
-    """Why the checks whose codes begin with `group` did not run, or None where they did."""
-    needs = {
-        "passthrough": "" if asked.source else "needs --source SRC",
-        "values": "" if asked.values else "left out by --no-values",
-        "record": "" if asked.values else "left out by --no-values",
-        "server": "" if asked.load else "needs --load",
-        "parallel": "" if asked.tp > 1 or asked.ep else "needs --tp N or --ep",
+def skipped(outcome: Outcome) -> dict[str, str]:
+    """{group of checks that did not run: why}. The groups are what codes begin with."""
+    asked, ran = outcome.asked, {c.what for c in outcome.checked}
+    no_record = "no ckptq.json with digests" if asked.values else "left out by --no-values"
+    return {
+        **({} if asked.values else {"values": "left out by --no-values"}),
+        **({} if "record" in ran else {"record": no_record}),
+        **({} if asked.source else {"passthrough": "needs --source SRC"}),
+        **({} if asked.tp > 1 or asked.ep else {"parallel": "needs --tp N or --ep"}),
+        **({} if asked.load else {"server": "needs --load"}),
     }
-    return needs.get(group) or None
 
 
 def next_command(outcome: Outcome) -> str:

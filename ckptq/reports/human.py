@@ -6,11 +6,11 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ckptq.console import Console, amount, duration
-from ckptq.reports import Outcome, next_command, printable, rules, verdict
+from ckptq.reports import Outcome, next_command, printable, rules, skipped, verdict
 from ckptq.validators import Finding
 from ckptq.validators.codes import CATALOG
 
@@ -21,6 +21,13 @@ _SHOWN = 50
 """Findings that are told in full; nobody reads on, and JSON has them all."""
 _COLORS = {"error": "bold red", "warning": "bold yellow", "FAILED": "bold red", "OK": "bold green"}
 _LABEL = 15
+_GROUPS = {
+    "values": "numbers",
+    "record": "changes since it was made",
+    "passthrough": "the source",
+    "parallel": "several GPUs",
+    "server": "the real server",
+}
 
 
 def show(console: Console, outcome: Outcome) -> None:
@@ -51,14 +58,11 @@ def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
     asked = outcome.asked
     parallel = (f", tensor parallel {asked.tp}" if asked.tp > 1 else "") + (", expert parallel" if asked.ep else "")
     yield "rules", f"{rules(asked.server)}{parallel}"
+    if outcome.built:
+        yield "method", _method(outcome.built)
     yield "checked", ", ".join(f"{c.what} ({amount(c.amount, c.unit)})" for c in outcome.checked) or "nothing"
-    missing = [
-        *([] if asked.values else ["values"]),
-        *([] if asked.source else ["against the source (--source SRC)"]),
-        *([] if asked.load else ["in the real server (--load)"]),
-    ]
-    if missing:
-        yield "unchecked", ", ".join(missing)
+    if missing := skipped(outcome):
+        yield "unchecked", ", ".join(f"{_GROUPS[group]} ({why.removeprefix('needs ')})" for group, why in missing.items())
     served = outcome.served or {}
     if served.get("version"):
         took = f" in {duration(served['load_seconds'])}" if isinstance(served.get("load_seconds"), int | float) else ""
@@ -67,6 +71,14 @@ def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
             yield "", f"and goes on from the prompt with {served['text']!r}"
     if outcome.ok:
         yield "next", next_command(outcome)
+
+
+def _method(built: Mapping[str, Any]) -> str:
+    """`modelopt FP8: 42 linears in ModelOpt FP8, 22 not quantized, FP8 KV cache`."""
+    linears = [f"{count} linears in {form}" for form, count in built["linears"].items()] or ["no quantized linear"]
+    kept = f"{built['kept']} not quantized"
+    cache = ["FP8 KV cache"] if built["kv_cache"] == "fp8" else []
+    return f"{built['method']} {built['format']}: {', '.join([*linears, kept, *cache])}"
 
 
 def _row(label: str, text: str) -> Text:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ckptq import __version__
-from ckptq.reports import Outcome, count, places
+from ckptq.reports import Outcome, count, places, skipped
 from ckptq.validators import Finding
 from ckptq.validators.codes import CATALOG
 
@@ -45,6 +45,8 @@ def data(outcome: Outcome) -> dict[str, Any]:
             "expert_parallel": asked.ep,
         },
         "checked": [{"what": c.what, "amount": c.amount, "unit": c.unit} for c in outcome.checked],
+        "skipped": skipped(outcome),
+        "quantization": plain(outcome.built),
         "counts": {
             "errors": count(findings, "error"),
             "warnings": count(findings, "warning"),

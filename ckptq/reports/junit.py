@@ -57,7 +57,7 @@ def _group(case: Element, group: str, outcome: Outcome) -> None:
     seconds = next((c.seconds for c in outcome.checked if c.what == group), None)
     if seconds is not None:
         case.set("time", f"{seconds:.3f}")
-    why = skipped(group, outcome.asked)
+    why = skipped(outcome).get(group)
     if why is not None and not found:
         SubElement(case, "skipped", message=why)
     if counted:

@@ -55,7 +55,7 @@ class Experts:
     groups        the linears of one expert that share a slot there: (gate, up), (down,); `{e}` is the expert's number
     linears       further linears of a layer that has experts: the router
     dense         prefix of the linears that such a layer does without
-    count         key of the number of experts in the language model's config
+    counts        keys of the number of experts in the language model's config; the first that is there counts
     step          key of n, where only every nth layer has experts, or ""
     dense_layers  key of a list of layers without experts, or ""
     """
@@ -64,7 +64,7 @@ class Experts:
     groups: tuple[tuple[str, ...], ...]
     linears: tuple[Fused, ...]
     dense: str
-    count: str
+    counts: tuple[str, ...]
     step: str = ""
     dense_layers: str = ""
 
@@ -140,14 +140,19 @@ class Scope:
             raise SourceError(f"config.json: num_hidden_layers should be an integer from 1 to {MOST_LAYERS}, found {count!r:.80}")
         return count
 
+    def experts_key(self, config: Mapping[str, Any]) -> str:
+        """The key under which this config.json has the number of experts; "" where the family has none."""
+        keys = self.experts.counts if self.experts else ("",)
+        return next((key for key in keys if key in self.text(config)), keys[0])
+
     def expert_count(self, config: Mapping[str, Any], layer: int) -> int:
         """How many routed experts a layer has; 0 for a dense one. Raises SourceError where config.json does not give it."""
         if self.experts is None:
             return 0
-        text = self.text(config)
-        count = text.get(self.experts.count)
+        text, key = self.text(config), self.experts_key(config)
+        count = text.get(key)
         if type(count) is not int or not 0 <= count <= MOST_EXPERTS:
-            raise SourceError(f"config.json: {self.experts.count} should be an integer up to {MOST_EXPERTS}, found {count!r:.80}")
+            raise SourceError(f"config.json: {key} should be an integer up to {MOST_EXPERTS}, found {count!r:.80}")
         dense, step = text.get(self.experts.dense_layers) or (), text.get(self.experts.step, 1)
         if (isinstance(dense, list) and layer in dense) or (isinstance(step, int) and step > 1 and (layer + 1) % step):
             return 0

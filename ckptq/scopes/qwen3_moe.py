@@ -52,7 +52,8 @@ SCOPE = Scope(
         groups=(("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"), ("mlp.experts.{e}.down_proj",)),
         linears=(Fused("mlp.gate", ("mlp.gate",)),),
         dense="mlp.",
-        count="num_experts",
+        # transformers 5 saves it under the second name: models/qwen3_moe/configuration_qwen3_moe.py attribute_map.
+        counts=("num_experts", "num_local_experts"),
         step="decoder_sparse_step",
         dense_layers="mlp_only_layers",
     ),

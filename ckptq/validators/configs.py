@@ -49,7 +49,6 @@ _UNCHECKED = frozenset(
         "mxfp4",
         "mxfp8",
         "online",
-        "quark",
         "torchao",
     }  # fmt: skip
 )

@@ -40,7 +40,7 @@ class KVSlot:
 
     misplaced  it lies beside the other one's projection, and the suffix decides
     shared     `kv_scale`: fills K, and is copied to V
-    native     `output_scale`, which quant_method fp8 alone takes
+    native     `output_scale`, which quant_methods fp8 and quark alone take
     """
 
     attention: str
@@ -54,7 +54,7 @@ def kv_slot(name: str) -> KVSlot | None:
     """The slot of a KV scale in an attention module, or None for any other tensor.
 
     Beside ModelOpt's `k_proj.k_scale` these are accepted: `self_attn.k_scale`, `attn.k_scale`, `qkv_proj.k_scale`,
-    `k_cache.scale`, the deprecated `kv_scale`, and from quant_method fp8 `k_proj.output_scale`.
+    `k_cache.scale`, the deprecated `kv_scale`, and from quant_methods fp8 and quark `k_proj.output_scale`.
     """
     attention, found, rest = name.rpartition(".self_attn.")
     match = _NAMES.fullmatch(rest) if found else None
@@ -70,7 +70,7 @@ def layer_slot(name: str, at: Expected) -> KVSlot | None:
     if at.scope.layer_of(name) is None or (".self_attn.attn." in name and not at.settings.server.attn_kv_names):
         return None
     slot = kv_slot(name)
-    return slot if slot is None or not slot.native or at.settings.method == "fp8" else None
+    return slot if slot is None or not slot.native or at.settings.method in ("fp8", "quark") else None
 
 
 def check(at: Expected) -> Iterator[Finding]:

@@ -107,6 +107,7 @@ def _not_excluded(module: str, linear: ServerLinear, at: Expected, idle: str) ->
         "shards of a fused linear do nothing",
         "fp8": "Only exact names work, one for each linear and each shard of a fused one: no glob, no parent",
         "compressed-tensors": "Names count whole; `re:.*visual.*` reaches a module and all inside it, by the server's name",
+        "quark": "Names count whole, globs do nothing; `re:.*visual.*` reaches a module and all inside it, by the server's name",
     }[at.settings.method]
     return error(
         "layout.not-excluded",

@@ -164,7 +164,8 @@ def _vocabulary(text: Mapping[str, Any], tp: int) -> Iterator[Finding]:
 
 
 def _experts(scope: Scope, text: Mapping[str, Any], tp: int, ep: bool) -> Iterator[Finding]:
-    count = _count(text, scope.experts.count) if scope.experts else None
+    key = scope.experts_key(text)
+    count = _count(text, key) if scope.experts else None
     if ep and count is None:
         yield error(
             "parallel.experts", "--ep", "a model with routed experts", "none", _RAISES, "serve without --enable-expert-parallel"
@@ -173,7 +174,7 @@ def _experts(scope: Scope, text: Mapping[str, Any], tp: int, ep: bool) -> Iterat
         return
     if tp > count:
         yield error(
-            "parallel.experts", f"config.json: {scope.experts.count}", f"at least {tp}", f"{count}", _RAISES, _OTHER_TP
+            "parallel.experts", f"config.json: {key}", f"at least {tp}", f"{count}", _RAISES, _OTHER_TP
         )  # fmt: skip
     size = _count(text, "moe_intermediate_size")
     if size is not None and not ep and size % tp:

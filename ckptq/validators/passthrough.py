@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ckptq.checkpoint import DTYPE_BYTES, FLOATS, Component, Inventory, Reader, SourceTensor
+from ckptq.checkpoint import FLOATS, Component, Inventory, Reader, SourceTensor
 from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators import Code, Finding, error, sidecars, warning
 from ckptq.validators.likeness import Likeness
-from ckptq.validators.rounding import Desk, Off, compare, same_values
-from ckptq.validators.scales import Grid, block_of, grid, read_scales, scale_kind, scale_of
+from ckptq.validators.rounding import Coded, Desk, Off, beyond, differing, joined
+from ckptq.validators.scales import block_of, grid, read_scales, scale_kind, scale_of
 from ckptq.validators.scan import in_order
 from ckptq.validators.vllm_rules import is_tied, parameters
 
@@ -25,121 +24,182 @@ CODES = {
     "passthrough.weight-error": Code("a quantized weight further from the source than FP8 rounds"),
 }
 
-PART = 1 << 25
-"""Codes, or bytes, that one thread compares in one go."""
+PART = 1 << 24
+"""Values that one thread compares in one go."""
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A stored tensor and the source's of the same name. `scales` and `grid` are there for codes whose source is floats."""
+    """A stored tensor and the source's that it is made from. `coded` is how its codes are scaled, None for a copy."""
 
     ours: SourceTensor
     theirs: SourceTensor
-    scales: Any = None
-    grid: Grid | None = None
+    coded: Coded | None = None
+
+    @property
+    def name(self) -> str:
+        return self.ours.spec.name
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Rows of codes, or bytes of a copy; `last` is the pair's last part."""
-
-    pair: Pair
-    part: range
-    last: bool
-
-
-def check(
-    output: Inventory, source: Inventory, scope: Scope, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[Finding]:
+def check(output: Inventory, source: Inventory, scope: Scope, advance: Callable[[int], None] = lambda _: None) -> Iterator[Finding]:
     """All findings against the source. Reads both through fixed buffers; `advance` is told the output's bytes compared.
 
     The two may spell names after different generations of the architecture.
     """
     ours, theirs = output.main, source.main
-    originals = _counterparts(ours, theirs, scope)
+    originals = _originals(ours, theirs, scope)
+    yield from sidecars.check(output, source)
     with Reader(output.root, ours) as reader, Reader(source.root, theirs) as original:
-        yield from _name_findings(output, source, scope, originals, reader, original)
+        matched = {tensor.spec.name for tensor in originals.values()}
+        missing = [name for name in theirs.tensors if name not in matched]
+        extra = [name for name in ours.tensors if name not in originals and not scale_kind(name)]
+        yield from (_missing(name, read) for name, read in _read_by_server(missing, theirs, scope, original))
+        yield from (_extra(name, read) for name, read in _read_by_server(extra, ours, scope, reader))
         advance(sum(t.spec.nbytes for name, t in ours.tensors.items() if name not in originals))
-        pairs: list[Pair] = []
-        for name, before in sorted(originals.items(), key=lambda item: (ours.tensors[item[0]].file, ours.tensors[item[0]].offset)):
-            tensor = ours.tensors[name]
-            form = _form_finding(tensor, before)
-            if form is None:
-                pairs.append(_pair(tensor, before, ours, reader))
-            else:
-                yield form
-                advance(tensor.spec.nbytes)
-        yield from _value_findings(pairs, theirs, reader, original, advance)
+        pairs = [_pair(tensor, originals[tensor.spec.name], ours, reader) for tensor in _in_file_order(ours, originals)]
+        for pair in pairs:
+            yield from _form_findings(pair)
+        alike = Likeness(theirs.tensors.values(), reader, original)
+        for pair, off in _offs(pairs, reader, original):
+            if off is not None:
+                yield _value_finding(pair, off, alike.describe(pair.ours, pair.theirs, pair.coded))
+            advance(pair.ours.spec.nbytes)
 
 
-def _counterparts(ours: Component, theirs: Component, scope: Scope) -> dict[str, SourceTensor]:
+def _originals(ours: Component, theirs: Component, scope: Scope) -> dict[str, SourceTensor]:
     """{our name: the source's tensor}, by name, or else by canonical name."""
     canonical = {scope.canonical(name): tensor for name, tensor in theirs.tensors.items()}
     found = {name: theirs.tensors.get(name, canonical.get(scope.canonical(name))) for name in ours.tensors}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def _name_findings(
-    output: Inventory,
-    source: Inventory,
-    scope: Scope,
-    originals: dict[str, SourceTensor],
-    reader: Reader,
-    original: Reader,
-) -> Iterator[Finding]:
-    ours, theirs = output.main, source.main
-    matched = {tensor.spec.name for tensor in originals.values()}
-    missing = [name for name in theirs.tensors if name not in matched]
-    extra = [name for name in ours.tensors if name not in originals and not scale_kind(name)]
-    for names, own, read, code in ((missing, theirs, original, "missing"), (extra, ours, reader, "extra")):
-        if not names:
-            continue
-        known = {p.name for p in parameters(scope, own.config, own.tensors)}
-        tied = is_tied(scope, own.config)
-        for name in names:
-            if tied and scope.canonical(name) == "lm_head.weight" and _same_as_embeddings(own, scope, read):
-                continue
-            serious = name in known
-            if code == "missing":
-                yield (error if serious else warning)(
-                    "passthrough.missing", name, "every tensor of the source", "not stored",
-                    "vLLM would leave the memory as it found it" if serious else "vLLM does not read it; other programs may",
-                    "take the tensor over",
-                )  # fmt: skip
-            else:
-                yield (error if serious else warning)(
-                    "passthrough.extra", name, "the source's tensors and scales", "a further tensor",
-                    "vLLM computes with it, and the source had none" if serious else "no part of the model: vLLM drops it or raises",
-                    "remove it",
-                )  # fmt: skip
+def _in_file_order(ours: Component, originals: Mapping[str, SourceTensor]) -> list[SourceTensor]:
+    return sorted((ours.tensors[name] for name in originals), key=lambda t: (t.file, t.offset))
 
 
-def _same_as_embeddings(component: Component, scope: Scope, reader: Reader) -> bool:
-    head = next(t for n, t in component.tensors.items() if scope.canonical(n) == "lm_head.weight")
-    tables = (t for n, t in component.tensors.items() if n.endswith("embed_tokens.weight"))
-    return any(t.spec[1:] == head.spec[1:] if isinstance(t.spec, tuple) else _equal(head, t, reader) for t in tables)
+def _read_by_server(names: Sequence[str], own: Component, scope: Scope, reader: Reader) -> Iterator[tuple[str, bool]]:
+    """(name, whether the server reads it) of names that one side lacks. A tied head that repeats the embeddings is no matter."""
+    known = {p.name for p in parameters(scope, own.config, own.tensors)} if names else set()
+    for name in names:
+        if scope.canonical(name) != _HEAD or not is_tied(scope, own.config) or not _repeats_embeddings(name, own, reader):
+            yield name, name in known
 
 
-def _equal(one: SourceTensor, other: SourceTensor, reader: Reader) -> bool:
-    same_form = (one.spec.dtype, one.spec.shape) == (other.spec.dtype, other.spec.shape)
-    return same_form and same_values((reader, one), (reader, other), range(one.spec.nbytes), Desk()) is None
+def _repeats_embeddings(name: str, own: Component, reader: Reader) -> bool:
+    head = own.tensors[name]
+    tables = [t for n, t in own.tensors.items() if n.endswith("embed_tokens.weight") and t.spec.shape == head.spec.shape]
+    same = (
+        differing((reader, head), (reader, t), range(head.spec.numel), Desk()) for t in tables if t.spec.dtype == head.spec.dtype
+    )
+    return any(off is None for off in same)
 
 
-def _form_finding(tensor: SourceTensor, before: SourceTensor) -> Finding | None:
-    dtype, shape = tensor.spec.dtype, tensor.spec.shape
-    if shape == before.spec.shape and (dtype == before.spec.dtype or (before.spec.dtype in FLOATS and dtype in {*FLOATS, "F8_E4M3"})):
-        return None
-    turned = len(shape) > 1 and shape == before.spec.shape[::-1]
-    return error(
-        "passthrough.form", tensor.spec.name, f"{before.spec.dtype} {list(before.spec.shape)} or F8_E4M3 of that shape",
-        f"{dtype} {list(shape)}{', transposed' if turned else ''}", "this is not that tensor",
-        "convert again from this source, or name the source that it was made from",
-    )  # fmt: skip
+def _missing(name: str, read: bool) -> Finding:
+    effect = "vLLM leaves that memory as it finds it" if read else "none in vLLM, which does not read it"
+    say = error if read else warning
+    return say("passthrough.missing", name, "every tensor of the source", "not stored", effect, "take the tensor over")
+
+
+def _extra(name: str, read: bool) -> Finding:
+    effect = "vLLM computes with it, and the source has none" if read else "vLLM drops it or raises; it is no part of the model"
+    say = error if read else warning
+    return say("passthrough.extra", name, "the source's tensors, and scales", "a further tensor", effect, "remove it")
 
 
 def _pair(tensor: SourceTensor, before: SourceTensor, ours: Component, reader: Reader) -> Pair:
-    if tensor.spec.dtype != "F8_E4M3" or before.spec.dtype not in FLOATS:
-        return Pair(tensor, before)
-    scale = scale_of(tensor.spec.name, ours.tensors)
+    scale = scale_of(tensor.spec.name, ours.tensors) if _is_coded(tensor, before) else None
     lies = grid(tensor.spec.shape, scale.spec.shape, block_of(ours.config)) if scale else None
-    return Pair(tensor, before, scale, lies)
+    values = read_scales(reader, scale) if scale and lies else None
+    return Pair(tensor, before, Coded(values, lies) if lies and values is not None and bool(_all_finite(values)) else None)
+
+
+def _all_finite(values: object) -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(values).all())  # type: ignore[call-overload]
+
+
+def _is_coded(tensor: SourceTensor, before: SourceTensor) -> bool:
+    return tensor.spec.dtype == "F8_E4M3" and before.spec.dtype in FLOATS
+
+
+def _comparable(pair: Pair) -> bool:
+    ours, theirs = pair.ours.spec, pair.theirs.spec
+    if ours.shape != theirs.shape or not ours.numel:
+        return False
+    return ours.dtype == theirs.dtype or pair.coded is not None or {ours.dtype, theirs.dtype} <= FLOATS
+
+
+def _form_findings(pair: Pair) -> Iterator[Finding]:
+    ours, theirs = pair.ours.spec, pair.theirs.spec
+    known = ours.dtype == theirs.dtype or _is_coded(pair.ours, pair.theirs) or {ours.dtype, theirs.dtype} <= FLOATS
+    if ours.shape != theirs.shape or not known:
+        turned = len(ours.shape) > 1 and ours.shape == theirs.shape[::-1]
+        yield error(
+            "passthrough.form", pair.name, f"{theirs.dtype} {list(theirs.shape)}, or F8_E4M3 of that shape",
+            f"{ours.dtype} {list(ours.shape)}{', which is transposed' if turned else ''}", "this is not that tensor",
+            "convert again from this source, or name the source that it was made from",
+        )  # fmt: skip
+    elif {ours.dtype, theirs.dtype} <= FLOATS and ours.dtype != theirs.dtype:
+        yield warning(
+            "passthrough.cast", pair.name, f"{theirs.dtype}, as in the source", ours.dtype,
+            "vLLM casts what it loads to the dtype it serves in", "keep the source's dtype",
+        )  # fmt: skip
+
+
+def _offs(pairs: Iterable[Pair], reader: Reader, original: Reader) -> Iterator[tuple[Pair, Off | None]]:
+    """What is beyond the bound in each pair, None where nothing is. Large tensors are shared out among threads."""
+
+    def look(job: tuple[Pair, range | None, bool], desk: Desk) -> tuple[Pair, Off | None, bool]:
+        pair, part, last = job
+        if part is None:
+            return pair, None, last
+        output, source = (reader, pair.ours), (original, pair.theirs)
+        off = beyond(output, source, pair.coded, part, desk) if pair.coded else differing(output, source, part, desk)
+        return pair, off, last
+
+    offs: list[Off] = []
+    for pair, off, last in in_order(look, _jobs(pairs), Desk):
+        offs += [off] if off else []
+        if last:
+            yield pair, joined(offs)
+            offs = []
+
+
+def _jobs(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, range | None, bool]]:
+    """(pair, rows of codes or values of a copy, whether it is the pair's last part)."""
+    for pair in pairs:
+        if not _comparable(pair):
+            yield pair, None, True
+            continue
+        end, step = pair.ours.spec.numel, PART
+        if pair.coded is not None:
+            lies = pair.coded.grid
+            end, step = lies.rows, max(PART // (lies.columns * lies.high), 1) * lies.high
+            step = min(step, max(PART // lies.columns, 1)) if lies.wide == lies.columns else step
+        for at in range(0, end, step):
+            yield pair, range(at, min(at + step, end)), at + step >= end
+
+
+def _value_finding(pair: Pair, off: Off, likeness: str) -> Finding:
+    spec = pair.ours.spec
+    place: list[int] = []
+    left = off.first
+    for size in reversed(spec.shape):
+        left, at = divmod(left, size)
+        place.insert(0, at)
+    seen = f"{off.count} of {spec.numel} values are not, first {place}"
+    if pair.coded is None:
+        return error(
+            "passthrough.bytes", pair.name, "the source's values", f"{seen}{likeness}",
+            "vLLM computes with other values than the source's",
+            "take the tensor over again, or name the source that it was made from",
+        )  # fmt: skip
+    worst = f", worst {off.worst:.3g} times the limit" if math.isfinite(off.worst) else ""
+    return error(
+        "passthrough.weight-error", pair.name,
+        "code * scale within FP8's rounding of the source's weight: 2^-4 of it, or half the smallest step",
+        f"{seen}{worst}{likeness}", "vLLM computes with another weight than the source's",
+        "convert again, or name the source that it was made from",
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 PIECE = 1 << 16
 """Weights compared at a time: the arrays stay in the processor's cache."""
 
-# |w / s - q| for q, the nearest E4M3 value to x = w / s. Three bits of fraction: for |x| >= 2^-6 the spacing is 2^-3 of the power of
-# two below |x|, so the error is at most 2^-4 |x|; below, the spacing is 2^-9 and the error at most 2^-10. ModelOpt and
+# |w / s - q| for q, the nearest E4M3 value to x = w / s. Three bits of fraction: for |x| >= 2^-6 the spacing is 2^-3 of the power
+# of two below |x|, so the error is at most 2^-4 |x|; below, the spacing is 2^-9 and the error at most 2^-10. ModelOpt and
 # llm-compressor round x to BF16 first, which moves it by 2^-9 |x| more. float32 adds 2^-22 |x|.
 RELATIVE = 2.0**-4 + 2.0**-8
 ABSOLUTE = 2.0**-10 * (1 + 2.0**-4)
 NEAR = (1 << 19) + (1 << 16)
 """Half a step between codes, in units of float32's last bit where the code's last bit is bit 20, and what BF16 may add."""
+ROUNDING = {"BF16": (2.0**-8, 1e-40), "F16": (2.0**-11, 2.0**-25), "F32": (2.0**-23, 1e-45), "F64": (2.0**-23, 1e-45)}
+"""By how much a value moves that is rounded to a dtype: a share of it, at least this; in float32, in which it is compared."""
 NO_SCALE = 1e-30
 """Stands for a scale of zero: what is not zero over it is then far off."""
 
@@ -39,30 +41,46 @@ class Off:
     worst: float
 
 
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """How codes are scaled: F32 scales [numel], laid over the weight as `grid` says. value = code * scale."""
+
+    scales: F32
+    grid: Grid
+
+    @property
+    def table(self) -> F32:
+        """The scales as [rows, columns] of the grid."""
+        table: F32 = self.scales.reshape(self.grid.shape)
+        return table
+
+    def times(self, factor: float) -> Coded:
+        """The same under other scales."""
+        import numpy as np
+
+        return Coded(self.scales * np.float32(factor), self.grid)
+
+
 class Desk:
     """One thread's buffers."""
 
     def __init__(self) -> None:
         import numpy as np
 
-        self.codes, self.raw = memoryview(bytearray(PIECE)), memoryview(bytearray(8 * PIECE))
+        self.codes, self.raw, self.other = (memoryview(bytearray(n * PIECE)) for n in (1, 8, 8))
         self.x, self.q, self.limit = (np.empty(PIECE, np.float32) for _ in range(3))
 
 
-def compare(
-    output: tuple[Reader, SourceTensor], source: tuple[Reader, SourceTensor], scales: F32, grid: Grid, rows: range, desk: Desk
+def beyond(
+    output: tuple[Reader, SourceTensor], source: tuple[Reader, SourceTensor], coded: Coded, rows: range, desk: Desk
 ) -> Off | None:
-    """What is beyond the bound in these rows of a weight, or None.
-
-    output  E4M3 codes, [..., k]      source  BF16, F16, F32 or F64 of the same shape
-    scales  F32 [numel], laid over the weight as `grid` says: value = code * scale
-    """
+    """What is beyond the bound in these rows of a weight, or None. `output` are E4M3 codes, `source` floats of the same shape."""
     import numpy as np
 
     (reader, tensor), (original, before) = output, source
     width = DTYPE_BYTES[before.spec.dtype]
-    table = np.where(scales == 0, np.float32(NO_SCALE), scales).reshape(grid.shape)
-    count, first, worst = 0, -1, 0.0
+    grid, table = coded.grid, np.where(coded.scales == 0, np.float32(NO_SCALE), coded.scales).reshape(coded.grid.shape)
+    found: list[Off] = []
     for top, bottom, left, right in _pieces(grid, rows):
         at, n = top * grid.columns + left, (bottom - top) * (right - left)
         codes, raw = desk.codes[:n], desk.raw[: n * width]
@@ -77,9 +95,62 @@ def compare(
         as_float32(raw, before.spec.dtype, x)
         wrong = _beyond(x.reshape(shape), codes, scale, desk.q[:n], desk.limit[:n])
         if wrong is not None:
-            first = first if count else at + wrong.first
-            count, worst = count + wrong.count, max(worst, wrong.worst)
-    return Off(count, first, worst) if count else None
+            found.append(Off(wrong.count, at + wrong.first, wrong.worst))
+    return joined(found)
+
+
+def joined(parts: Sequence[Off]) -> Off | None:
+    """Several parts of one tensor, in order, as one."""
+    return Off(sum(p.count for p in parts), parts[0].first, max(p.worst for p in parts)) if parts else None
+
+
+def differing(output: tuple[Reader, SourceTensor], source: tuple[Reader, SourceTensor], part: range, desk: Desk) -> Off | None:
+    """Which values of a copy differ, or None. Of one dtype they must be the same bytes; of two, what the narrower one rounds to."""
+    import numpy as np
+
+    (reader, tensor), (original, before) = output, source
+    widths = [DTYPE_BYTES.get(t.spec.dtype, 0) for t in (tensor, before)]
+    cast = tensor.spec.dtype != before.spec.dtype
+    if not widths[0]:  # 4 or 6 bits an element: bytes will do
+        part, widths = (
+            range(part.start * tensor.spec.nbytes // tensor.spec.numel, part.stop * tensor.spec.nbytes // tensor.spec.numel),
+            [1, 1],
+        )
+    found: list[Off] = []
+    step = PIECE if cast else len(desk.raw) // widths[0]
+    for at in range(part.start, part.stop, step):
+        n = min(step, part.stop - at)
+        ours, theirs = desk.raw[: n * widths[0]], desk.other[: n * widths[1]]
+        reader.read_into(tensor, at * widths[0], ours)
+        original.read_into(before, at * widths[1], theirs)
+        if cast:
+            wrong = _cast_wrong(ours, tensor.spec.dtype, theirs, before.spec.dtype, desk, n)
+        else:
+            a, b = (np.frombuffer(piece, np.uint8) for piece in (ours, theirs))
+            if np.array_equal(a, b):
+                continue
+            wrong = (a != b).reshape(n, widths[0]).any(1)
+        count = int(np.count_nonzero(wrong))
+        if count:
+            found.append(Off(count, at + int(wrong.argmax()), math.inf))
+    return joined(found)
+
+
+def _cast_wrong(ours: memoryview, dtype: str, theirs: memoryview, before: str, desk: Desk, n: int) -> Any:
+    """Which of n values of one dtype are not those of another, rounded to the narrower of the two."""
+    import numpy as np
+
+    x, q = desk.x[:n], desk.q[:n]
+    with np.errstate(over="ignore"):
+        as_float32(ours, dtype, x)
+        as_float32(theirs, before, q)
+    relative, least = max(ROUNDING[dtype], ROUNDING[before])
+    with np.errstate(invalid="ignore"):
+        return ~(
+            (np.abs(x - q) <= np.maximum(np.abs(q) * np.float32(relative), np.float32(least)))
+            | (x == q)
+            | (np.isnan(x) & np.isnan(q))
+        )
 
 
 def _pieces(grid: Grid, rows: range) -> Iterator[tuple[int, int, int, int]]:
@@ -106,7 +177,8 @@ def _scale_over(table: F32, grid: Grid, top: int, bottom: int, left: int, right:
     if grid.wide >= grid.columns:
         return line[:1]
     first = left // grid.wide
-    return np.repeat(line[first : -(-right // grid.wide)], grid.wide)[left - first * grid.wide :][: right - left]
+    spread: F32 = np.repeat(line[first : -(-right // grid.wide)], grid.wide)
+    return spread[left - first * grid.wide :][: right - left]
 
 
 def _all_near(x: F32, codes: memoryview, scale: F32, bits: I32) -> bool:

@@ -6,14 +6,15 @@ unsigned integer of a buffer give the largest magnitude, exactly and at the spee
 
 from __future__ import annotations
 
+import collections
 import os
 import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptq import digest
 from ckptq.checkpoint import Component, Reader, SourceTensor
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
+Job = TypeVar("Job")
+Desk = TypeVar("Desk")
+Result = TypeVar("Result")
 CHUNK = 1 << 20
 """Bytes a read: small enough to stay in the processor's cache while it is looked at."""
+AHEAD = 8
+"""Jobs a thread that wait to be done, or to be looked at."""
 THREADS = 16
 """At most; a disk or the memory is the limit long before."""
 COUNTED = 8
@@ -88,21 +94,13 @@ def scan(
     """Every tensor with what was seen in it, in the order of the files. `advance` is told the bytes that were looked at."""
     import numpy as np
 
-    desks: queue.SimpleQueue[tuple[memoryview, Bytes]] = queue.SimpleQueue()
-    for _ in range(threads()):
-        desks.put((memoryview(bytearray(CHUNK)), np.empty(2 * CHUNK, np.uint8)))
-    jobs = list(_jobs(component))
-    with Reader(root, component) as reader, ThreadPoolExecutor(threads()) as pool:
+    parts: list[tuple[Seen, bytes]] = []
+    with Reader(root, component) as reader:
 
-        def look(job: _Job) -> list[tuple[Seen, bytes]]:
-            desk = desks.get()
-            try:
-                return _look(job, reader, *desk, digests)
-            finally:
-                desks.put(desk)
+        def look(job: _Job, desk: tuple[memoryview, Bytes]) -> tuple[_Job, list[tuple[Seen, bytes]]]:
+            return job, _look(job, reader, *desk, digests)
 
-        parts: list[tuple[Seen, bytes]] = []
-        for job, found in zip(jobs, pool.map(look, jobs), strict=True):
+        for job, found in in_order(look, _jobs(component), lambda: (memoryview(bytearray(CHUNK)), np.empty(2 * CHUNK, np.uint8))):
             if len(job.tensors) > 1 or job.nbytes == job.tensors[0].spec.nbytes:
                 yield from ((t, _joined([part])) for t, part in zip(job.tensors, found, strict=True))
             else:
@@ -111,6 +109,32 @@ def scan(
                     yield job.tensors[0], _joined(parts)
                     parts = []
             advance(job.nbytes)
+
+
+def in_order(work: Callable[[Job, Desk], Result], jobs: Iterable[Job], desk: Callable[[], Desk]) -> Iterator[Result]:
+    """work(job, desk) of each job by threads, in the order of the jobs; each thread has a desk. Only a few are ahead.
+
+    numpy, xxhash and the system let go of the interpreter's lock, so threads do share the work.
+    """
+    desks: queue.SimpleQueue[Desk] = queue.SimpleQueue()
+    for _ in range(threads()):
+        desks.put(desk())
+
+    def one(job: Job) -> Result:
+        mine = desks.get()
+        try:
+            return work(job, mine)
+        finally:
+            desks.put(mine)
+
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    with ThreadPoolExecutor(threads()) as pool:
+        for job in jobs:
+            waiting.append(pool.submit(one, job))
+            if len(waiting) > AHEAD * threads():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _jobs(component: Component) -> Iterator[_Job]:
@@ -203,13 +227,15 @@ def _merged(seen: Sequence[Seen]) -> Seen:
         max(s.top for s in seen),
         min(s.low for s in seen),
         any(s.signed for s in seen),
-        *(sum(getattr(s, key) for s in seen) for key in ("nan", "largest", "next")),
+        sum(s.nan for s in seen),
+        sum(s.largest for s in seen),
+        sum(s.next for s in seen),
     )
 
 
 def _replaced_counts(seen: Seen, times: float) -> Seen:
-    counts = (round(n * times) for n in (seen.nan, seen.largest, seen.next))
-    return Seen(seen.top, seen.low, seen.signed, *counts)
+    nan, largest, below = (round(n * times) for n in (seen.nan, seen.largest, seen.next))
+    return Seen(seen.top, seen.low, seen.signed, nan, largest, below)
 
 
 def _joined(parts: Sequence[tuple[Seen, bytes]]) -> Seen:

@@ -50,7 +50,9 @@ class Server:
     pads_block_rows     FP8_PB_WO takes rows (per rank) that 128 does not divide. modelopt.py _Fp8PbWoPartialBlock
     refines_moe_blocks  native fp8 in blocks: an expert's rows (per rank) that 128 does not divide are taken in finer blocks.
                         model_executor/layers/quantization/fp8.py Fp8MoEMethod
-    quark_blocks        Quark's qscheme per_block is known. quark/quark.py _is_fp8_w8a8
+    quark_blocks        Quark's qscheme per_block is known, a list of one spec counts as the spec, and layer_quant_config may be
+                        absent. quark/quark.py _is_fp8_w8a8, _unwrap_single_quant_config, get_layer_quant_config_from_name
+    quark_expert_parts  a name inside routed experts on Quark's list keeps all of them. quark/utils.py should_ignore_layer
     """
 
     version: str
@@ -67,6 +69,7 @@ class Server:
     pads_block_rows: bool
     refines_moe_blocks: bool
     quark_blocks: bool
+    quark_expert_parts: bool
 
 
 _V20 = Server(
@@ -84,6 +87,7 @@ _V20 = Server(
     pads_block_rows=False,
     refines_moe_blocks=False,
     quark_blocks=False,
+    quark_expert_parts=False,
 )
 _V26 = replace(
     _V20,
@@ -93,6 +97,7 @@ _V26 = replace(
     fused_name_listed=True,
     unknown_refused=True,
     attn_kv_names=True,
+    quark_expert_parts=True,
 )
 _V30 = replace(
     _V26,

@@ -143,8 +143,8 @@ def _code_findings(tensor: SourceTensor, seen: Seen, lies: Grid | None, top: int
 def _saturated(seen: Seen, count: int, groups: int) -> bool:
     """Whether weights were cut off. Each group under one scale has its amax at 448, and so may have ties; `next` tells the tail.
 
-    The code 448 takes what lies within 3.6 % of the amax, the next one the 7.1 % below that. Where weights thin out towards the amax,
-    or are spread evenly, the first gets at most half of the second.
+    The code 448 takes what lies within 3.6 % of the amax, the next one the 7.1 % below that. Where weights thin out towards the
+    amax, or are spread evenly, the first gets at most half of the second.
     """
     more = seen.largest - groups
     return count > 64 and (more > SATURATED_SHARE * count or more > 64 + 1.5 * seen.next)
@@ -270,7 +270,7 @@ def _expert_findings(linears: Sequence[ServerLinear], found: _Pass, component: C
                 yield (error if cut else warning)(
                     "values.input-scale-split", _braced(shards, "input_scale"), "one value for gate and up",
                     f"{values[-1]:g} loaded after {values[0]:g}",
-                    f"vLLM keeps the one loaded last, {'and cuts larger inputs off' if cut else 'and another expert covers the rest'}",
+                    f"vLLM keeps the one loaded last, {'and cuts larger inputs off' if cut else 'another expert covers the rest'}",
                     "give both the larger one",
                 )  # fmt: skip
         usual = statistics.median(v[-1] for _, v in known)

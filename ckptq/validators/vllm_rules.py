@@ -130,7 +130,7 @@ def _sizes(scope: Scope, config: Mapping[str, Any]) -> dict[str, int]:
         "frames": vision.get("temporal_patch_size"),
         "channels": vision.get("in_channels", 3),
         "moe": text.get("moe_intermediate_size"),
-        "experts": text.get(scope.experts.count) if scope.experts else None,
+        "experts": text.get(scope.experts_key(config)),
     }
     known = {name: size for name, size in sizes.items() if isinstance(size, int)}
     heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")

@@ -1,32 +1,33 @@
 """Which elements of which tensors a server's loader wrote and read, seen from below: at every operation that torch dispatches.
 
-Runs in the interpreter that has the server, so it imports nothing of ckptq, and torch alone. `Tracker` is told the checkpoint's tensors
-as the loader gets them (`source`) and, before and after, the model's parameters (`begin`, `finish`). In between its dispatch mode sees
-each operation with its tensors: views (narrow, select, chunk, transpose, view of another dtype) have the storage of what they look
-at, so offset, size and strides say exactly which bytes an operation reads and writes. Nothing of the loader is replaced.
+Runs in the interpreter that has the server, so it imports nothing of ckptq, and torch alone. `Tracker` is told the checkpoint's
+tensors as the loader gets them (`source`) and, before and after, the model's parameters (`begin`, `finish`). In between its
+dispatch mode sees each operation with its tensors: views (narrow, select, chunk, transpose, view of another dtype) have the
+storage of what they look at, so offset, size and strides say exactly which bytes an operation reads and writes. Nothing of the
+loader is replaced.
 
 A parameter's element is written when any operation writes its bytes, or its storage becomes another one (`param.data = x`, a
-parameter registered anew) that was. A stored tensor's element is read when an operation takes it as input: making a view, asking for
-its shape, or a template of its shape is no read. Copies in another dtype, contiguous copies and other elementwise results stand for the
-tensor that they came from, element by element, until they are read themselves.
+parameter registered anew) that was. A stored tensor's element is read when an operation takes it as input: making a view, asking
+for its shape, or a template of its shape is no read. Copies in another dtype, contiguous copies and other elementwise results
+stand for the tensor that they came from, element by element, until they are read themselves.
 
-Exact, with three exceptions, all towards silence: what other threads do isn't seen; an operation that is not elementwise (cat, max)
-reads all of its inputs; and of a view with more than a million separate runs the whole span counts.
-Costs: sorted intervals of bytes on the host, some hundred bytes a tensor, whatever its size and device. A transient mask of one byte an
-element is made for operations that write through an index or a mask, for casts that are read in part, and for a parameter whose own
-elements lie apart. Each operation costs some 20 microseconds, and a copy into another dtype three passes over its values in blocks.
+Exact, with three exceptions, all towards silence: what other threads do isn't seen; an operation that is not elementwise (cat,
+max) reads all of its inputs; and of a view with more than a million separate runs the whole span counts. Costs: sorted intervals
+of bytes on the host, some hundred bytes a tensor, whatever its size and device. A transient mask of one byte an element is made
+for operations that write through an index or a mask, for casts that are read in part, and for a parameter whose own elements lie
+apart. Each operation costs some 20 microseconds, and a copy into another dtype three passes over its values in blocks.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-_RUNS = 1_000_000
+# Relative, for in the server's interpreter this folder is a package of another name (vllm_child.py).
+from .vllm_storage import Intervals, Place, flat_gaps, ranges, scattered, without
+
 _BLOCK = 1 << 22
 """Elements that a comparison of values takes at a time."""
 
@@ -35,89 +36,9 @@ _TEMPLATES = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
               "new_empty_strided", "new_zeros", "new_ones", "new_full", "is_same_size")  # fmt: skip
 _UNWRITTEN = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")
 # Operations that write a part of their first argument which its geometry doesn't tell.
-_INDEXED = ("index_put_", "_index_put_impl_", "index_copy_", "index_fill_", "index_add_", "scatter_", "scatter_add_", "scatter_reduce_",
-            "masked_fill_", "masked_scatter_", "put_")  # fmt: skip
+_INDEXED = ("index_put_", "_index_put_impl_", "index_copy_", "index_fill_", "index_add_", "scatter_", "scatter_add_",
+            "scatter_reduce_", "masked_fill_", "masked_scatter_", "put_")  # fmt: skip
 _COPIES = ("_to_copy", "clone", "_to_dtype")
-
-
-class Intervals:
-    """A set of integers as sorted disjoint [start, stop)."""
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.stops: list[int] = []
-
-    def add(self, start: int, stop: int) -> None:
-        """Joins with what touches it."""
-        if start >= stop:
-            return
-        first, last = bisect_left(self.stops, start), bisect_right(self.starts, stop)
-        if first < last:
-            start, stop = min(start, self.starts[first]), max(stop, self.stops[last - 1])
-        self.starts[first:last], self.stops[first:last] = [start], [stop]
-
-    def within(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The parts of [start, stop) that are in the set."""
-        for i in range(bisect_right(self.stops, start), len(self.starts)):
-            if self.starts[i] >= stop:
-                return
-            yield max(start, self.starts[i]), min(stop, self.stops[i])
-
-    def gaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The parts of [start, stop) that are not in the set."""
-        for a, b in self.within(start, stop):
-            if a > start:
-                yield start, a
-            start = b
-        if start < stop:
-            yield start, stop
-
-    def count(self, start: int, stop: int) -> int:
-        return sum(b - a for a, b in self.within(start, stop))
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where in its storage a tensor's elements are: `offset` and `strides` in elements of `itemsize` bytes."""
-
-    offset: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-
-    @classmethod
-    def of(cls, tensor: Any) -> Place:
-        return cls(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size())
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.sizes)
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """First byte and the one past the last."""
-        if not self.elements:
-            return 0, 0
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
-        return self.offset * self.itemsize, (last + 1) * self.itemsize
-
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """[start, stop) in bytes of the stretches without holes; the whole span where there are too many."""
-        if not self.elements:
-            return
-        dims = sorted(((s, n) for n, s in zip(self.sizes, self.strides, strict=True) if n > 1 and s), reverse=True)
-        length = 1
-        while dims and dims[-1][0] <= length:
-            stride, size = dims.pop()
-            length += (size - 1) * stride
-        if math.prod(n for _, n in dims) > _RUNS:
-            yield self.span
-            return
-        starts: Iterable[int] = (self.offset,)
-        for stride, size in dims:
-            starts = [start + i * stride for start in starts for i in range(size)]
-        for start in starts:
-            yield start * self.itemsize, (start + length) * self.itemsize
 
 
 @dataclass(slots=True, eq=False)
@@ -213,7 +134,7 @@ class Tracker:
         return keys, found
 
     def _key(self, key: str, source: Source, owners: Mapping[str, str]) -> dict[str, Any]:
-        unread = _flat_gaps(source.buffer.read, source.place)
+        unread = flat_gaps(source.buffer.read, source.place)
         casts = [
             {"to": dtype, "parameter": owners.get(owner, ""), "elements": elements, "changed": changed}
             for (dtype, owner), (elements, changed) in source.casts.items()
@@ -228,7 +149,7 @@ class Tracker:
         place = Place.of(parameter)
         buffer = self.buffers.get(parameter.untyped_storage()._cdata)
         # A storage that no operation of torch has made or touched was filled from outside, and assigned.
-        unwritten = _flat_gaps(buffer.written, place) if buffer is not None else []
+        unwritten = flat_gaps(buffer.written, place) if buffer is not None else []
         elements = place.elements
         return {
             "dtype": str(parameter.dtype), "shape": place.sizes, "elements": elements,
@@ -311,7 +232,7 @@ class Tracker:
         if indexed is None:
             _add(buffer.written, place)
         else:
-            for first, end in _ranges(indexed):
+            for first, end in ranges(indexed):
                 buffer.written.add(first * place.itemsize, end * place.itemsize)
         if place.elements:
             buffer.written_from |= dict.fromkeys(sorted(roots))
@@ -366,63 +287,13 @@ def _hand_on(buffer: Buffer) -> None:
     """What was read of an elementwise result was read of what it was made from."""
     assert buffer.origin is not None
     own, parent, place = buffer.origin
-    gaps = _flat_gaps(buffer.read, own)
+    gaps = flat_gaps(buffer.read, own)
     if not gaps:
         _add(parent.read, place)
     elif sum(b - a for a, b in gaps) < own.elements:
-        flat = _mask(gaps, own.elements)
-        for first, end in _ranges(_scatter(flat, place)):
+        flat = without(gaps, own.elements)
+        for first, end in ranges(scattered(flat, place)):
             parent.read.add(first * place.itemsize, end * place.itemsize)
-
-
-def _mask(gaps: Sequence[tuple[int, int]], elements: int) -> Any:
-    """Bool [elements]: True but for the gaps."""
-    import torch
-
-    mask = torch.ones(elements, dtype=torch.bool)
-    for a, b in gaps:
-        mask[a:b] = False
-    return mask
-
-
-def _scatter(flat: Any, place: Place) -> Any:
-    """Bool over the elements of a storage: those True that `flat`, in the order of the place's index, has True."""
-    import torch
-
-    mask = torch.zeros(place.span[1] // place.itemsize, dtype=torch.bool)
-    mask.as_strided(place.sizes, place.strides, place.offset).logical_or_(flat.view(place.sizes))
-    return mask
-
-
-def _flat_gaps(covered: Intervals, place: Place) -> list[tuple[int, int]]:
-    """[first, end) of the flat index of the elements that aren't wholly covered."""
-    import torch
-
-    start, stop = place.span
-    gaps = [(a // place.itemsize, -(-b // place.itemsize)) for a, b in covered.gaps(start, stop)]
-    if not gaps:
-        return []
-    dense, expected = True, 1
-    for n, s in zip(reversed(place.sizes), reversed(place.strides), strict=True):
-        dense = dense and (n == 1 or s == expected)
-        expected *= n
-    if dense:
-        return [(a - place.offset, b - place.offset) for a, b in gaps]
-    mask = torch.zeros(stop // place.itemsize, dtype=torch.bool)
-    for a, b in gaps:
-        mask[a:b] = True
-    return [*_ranges(mask.as_strided(place.sizes, place.strides, place.offset).reshape(-1))]
-
-
-def _ranges(mask: Any) -> Iterator[tuple[int, int]]:
-    """[first, end) of each stretch of True."""
-    import torch
-
-    padded = torch.zeros(mask.numel() + 2, dtype=torch.int8)
-    padded[1:-1] = mask.cpu()
-    edges = padded.diff().nonzero().view(-1, 2) if padded.any() else ()
-    for first, end in edges:
-        yield int(first), int(end)
 
 
 def _tensors(value: Any) -> Iterator[Any]:

@@ -3,7 +3,8 @@
     python tests/corpus/bases.py        # builds all of them, prints their folders
 
 A base is named family-method-format-origin. `folder(name)` builds it where this machine has none yet, with all others of its
-origin, for importing an exporter takes longer than running it. Nothing random is left open: equal code and versions write equal files.
+origin, for importing an exporter takes longer than running it. Nothing random is left open: equal code and versions write
+equal files.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from typing import Any, Literal
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
+KEPT = 6
+"""How many states of an origin stay on this machine, the ones used last."""
 
 Family = Literal["vl", "moe"]
 Method = Literal["modelopt", "compressed-tensors", "fp8"]
 Origin = Literal["source", "ckptq", "modelopt", "llm-compressor", "relabeled"]
-StandIn = Literal["requantize", "block", "moe"]
+Cache = Literal["scales", "declared", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,7 @@ class Base:
     """One good export.
 
     `method` is config.json's quant_method, `format` the exporter's own word, `source_name` the key of the unquantized
-    checkpoint it is made from, `settings` what the maker of its origin takes, `stand_ins` what vLLM's CPU build lacks to load
-    it (tests/server/standins.py).
+    checkpoint it is made from, `settings` what the maker of its origin takes, `kv` what it says of an FP8 KV cache.
     """
 
     name: str
@@ -47,8 +49,7 @@ class Base:
     origin: Origin
     source_name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    kv: Literal["scales", "declared", "none"] = "none"
-    stand_ins: frozenset[StandIn] = frozenset()
+    kv: Cache = "none"
 
     @property
     def source(self) -> Path:
@@ -56,53 +57,59 @@ class Base:
         return _built("source", self.source_name)
 
 
-def _ckptq(variant: str, source: str, *settings: str) -> Base:
-    name = "-".join(filter(None, ("vl-modelopt-fp8kv-ckptq", variant)))
+def _ckptq(name: str, source: str, *settings: str) -> Base:
     return Base(name, "vl", "modelopt", "fp8", "ckptq", source, {"settings": settings}, "scales")
 
 
-def _modelopt(name: str, family: Family, format: str, kv: str | None, *stand_ins: StandIn) -> Base:
-    stored: Mapping[str | None, Literal["scales", "declared", "none"]] = {"fp8": "scales", "fp8_cast": "declared", None: "none"}
-    settings = {"format": format, "kv": kv}
-    return Base(name, family, "modelopt", format, "modelopt", family, settings, stored[kv], frozenset(stand_ins))
+def _modelopt(name: str, source: str, format: str, kv: str | None) -> Base:
+    stored: Mapping[str | None, Cache] = {"fp8": "scales", "fp8_cast": "declared", None: "none"}
+    return Base(name, _family(source), "modelopt", format, "modelopt", source, {"format": format, "kv": kv}, stored[kv])
 
 
-def _llm_compressor(name: str, format: str, *stand_ins: StandIn, kv: bool = False, files: bool = False) -> Base:
-    family: Family = "moe" if name.startswith("moe") else "vl"
+def _llm_compressor(name: str, source: str, format: str, *, kv: bool = False, files: bool = False) -> Base:
+    family = _family(source)
     kept = ["re:.*mlp.gate$"] if family == "moe" else ["re:.*visual.*"]
-    ignore = ["lm_head", *kept, *(["model.embed_tokens"] if files else [])]
+    ignore = ["lm_head", *kept, *(["re:.*embed_tokens$"] if files else [])]
     settings = {"format": format, "kv": kv, "ignore": ignore, "weights_only": files}
-    stored: Literal["scales", "none"] = "scales" if kv else "none"
-    return Base(name, family, "compressed-tensors", format, "llm-compressor", family, settings, stored, frozenset(stand_ins))
+    return Base(name, family, "compressed-tensors", format, "llm-compressor", source, settings, "scales" if kv else "none")
 
 
-def _relabeled(name: str, format: str, *stand_ins: StandIn, **settings: Any) -> Base:
-    family: Family = "moe" if name.startswith("moe") else "vl"
+def _relabeled(name: str, source: str, format: str, **settings: Any) -> Base:
     defaults = {"format": format, "ignored": "ignored_layers", "scales": None, "scale_dtype": "float32", "shards": 1}
-    return Base(name, family, "fp8", format, "relabeled", family, {**defaults, **settings}, "none", frozenset(stand_ins))
+    return Base(name, _family(source), "fp8", format, "relabeled", source, {**defaults, **settings})
+
+
+def _family(source: str) -> Family:
+    return "moe" if source.startswith("moe") else "vl"
 
 
 _ALL = (
-    _ckptq("", "vl", "export.shard_size=1MB"),
-    _ckptq("onefile", "vl"),
-    _ckptq("nested", "vl-nested", "export.shard_size=1MB"),
-    _ckptq("deep", "vl-deep"),
-    _ckptq("tied", "vl-tied"),
-    _modelopt("vl-modelopt-fp8kv-peer", "vl", "fp8", "fp8", "requantize"),
-    _modelopt("vl-modelopt-fp8cast-peer", "vl", "fp8", "fp8_cast", "requantize"),
+    _ckptq("vl-modelopt-fp8kv-ckptq", "vl", "export.shard_size=1MB"),
+    _ckptq("vl-modelopt-fp8kv-ckptq-onefile", "vl"),
+    _ckptq("vl-modelopt-fp8kv-ckptq-nested", "vl-nested", "export.shard_size=1MB"),
+    _ckptq("vl-modelopt-fp8kv-ckptq-deep", "vl-deep"),
+    _ckptq("vl-modelopt-fp8kv-ckptq-tied", "vl-tied"),
+    _modelopt("vl-modelopt-fp8kv-peer", "vl", "fp8", "fp8"),
+    _modelopt("vl-modelopt-fp8cast-peer", "vl", "fp8", "fp8_cast"),
+    _modelopt("vl-modelopt-fp8-peer-tied", "vl-tied", "fp8", None),
     _modelopt("vl-modelopt-pcpt-peer", "vl", "fp8_per_channel_per_token", None),
-    _modelopt("vl-modelopt-pbwo-peer", "vl", "fp8_pb_wo", None, "block"),
-    _modelopt("moe-modelopt-fp8kv-peer", "moe", "fp8", "fp8", "requantize", "moe"),
-    _llm_compressor("vl-ct-fp8-peer", "FP8", "requantize"),
-    _llm_compressor("vl-ct-fp8kv-peer", "FP8", "requantize", kv=True),
-    _llm_compressor("vl-ct-dynamic-peer", "FP8_DYNAMIC"),
-    _llm_compressor("vl-ct-dynamic-peer-files", "FP8_DYNAMIC", files=True),
-    _llm_compressor("vl-ct-block-peer", "FP8_BLOCK", "block"),
-    _llm_compressor("moe-ct-dynamic-peer", "FP8_DYNAMIC", "moe", files=True),
-    _relabeled("vl-fp8-static-relabeled", "static", "requantize", scales="vl-modelopt-fp8kv-peer"),
-    _relabeled("vl-fp8-dynamic-relabeled", "dynamic", "requantize", shards=2),
-    _relabeled("vl-fp8-block-relabeled", "block", "block"),
-    _relabeled("moe-fp8-block-relabeled", "block", "block", "moe", ignored="modules_to_not_convert", scale_dtype="bfloat16"),
+    _modelopt("vl-modelopt-pbwo-peer", "vl", "fp8_pb_wo", None),
+    _modelopt("moe-modelopt-fp8kv-peer", "moe", "fp8", "fp8"),
+    _modelopt("moe-modelopt-fp8-peer-mixed", "moe-mixed", "fp8", None),
+    _llm_compressor("vl-ct-fp8-peer", "vl", "FP8"),
+    _llm_compressor("vl-ct-fp8kv-peer", "vl", "FP8", kv=True),
+    _llm_compressor("vl-ct-dynamic-peer", "vl", "FP8_DYNAMIC"),
+    _llm_compressor("vl-ct-dynamic-peer-tied", "vl-tied", "FP8_DYNAMIC"),
+    _llm_compressor("vl-ct-dynamic-peer-files", "vl", "FP8_DYNAMIC", files=True),
+    _llm_compressor("vl-ct-dynamic-peer-nested", "vl-nested", "FP8_DYNAMIC", files=True),
+    _llm_compressor("vl-ct-block-peer", "vl", "FP8_BLOCK"),
+    _llm_compressor("moe-ct-dynamic-peer", "moe", "FP8_DYNAMIC", files=True),
+    _llm_compressor("moe-ct-block-peer", "moe", "FP8_BLOCK", files=True),
+    _relabeled("vl-fp8-static-relabeled", "vl", "static", scales="vl-modelopt-fp8kv-peer"),
+    _relabeled("vl-fp8-dynamic-relabeled", "vl", "dynamic", shards=2),
+    _relabeled("vl-fp8-block-relabeled", "vl", "block"),
+    _relabeled("moe-fp8-dynamic-relabeled", "moe-mixed", "dynamic", shards=2),
+    _relabeled("moe-fp8-block-relabeled", "moe", "block", ignored="modules_to_not_convert", scale_dtype="bfloat16"),
 )
 BASES: Mapping[str, Base] = {base.name: base for base in _ALL}
 
@@ -124,17 +131,13 @@ _MAKERS: Mapping[Origin, tuple[str, ...]] = {
 }
 _CODE: Mapping[Origin, tuple[str, ...]] = {
     "source": ("tests/corpus/sources.py", "tests/make_checkpoint.py"),
-    "ckptq": (
-        "tests/corpus/convert.py",
-        *(f"ckptq/{name}.py" for name in ("plan", "planner", "encode", "tensors", "calibrate", "observe", "streamed")),
-        "ckptq/exporters/modelopt.py",
-        "ckptq/numerics/*.py",
-        "recipes/qwen25vl-lm-fp8-text.yaml",
-    ),
-    "modelopt": ("tests/peers/modelopt_export.py",),
-    "llm-compressor": ("tests/peers/llmcompressor_export.py",),
+    "ckptq": ("tests/corpus/convert.py", "tests/data/heldout.txt", "recipes/*.yaml", "ckptq/**/*.py"),
+    "modelopt": ("tests/peers/modelopt_export.py", "tests/data/heldout.txt"),
+    "llm-compressor": ("tests/peers/llmcompressor_export.py", "tests/data/heldout.txt"),
     "relabeled": ("tests/corpus/relabeled.py", "tests/corpus/sources.py"),
 }
+# Parts of ckptq that no byte of an output follows from.
+_SPECTATORS = ("validators/", "reports/", "validate.py", "cli.py", "render.py", "console.py", "mistakes.py", "errors.py")
 _PACKAGES: Mapping[Origin, tuple[str, ...]] = {
     "source": ("torch", "safetensors"),
     "ckptq": ("torch", "transformers"),
@@ -154,6 +157,9 @@ def _built(origin: Origin, name: str) -> Path:
         with _locked(cache / f"{origin}.lock"):
             if not target.is_dir():
                 _build(origin, jobs, target)
+                for old in sorted(cache.glob(f"{origin}-*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+                    shutil.rmtree(old)
+    os.utime(target)
     return target / name
 
 
@@ -191,7 +197,8 @@ def _digest(origin: Origin, jobs: list[dict[str, Any]]) -> str:
     total = hashlib.sha256(json.dumps(jobs).encode())
     for pattern in _CODE[origin]:
         for file in sorted(ROOT.glob(pattern)):
-            total.update(file.read_bytes())
+            if not file.relative_to(ROOT).as_posix().removeprefix("ckptq/").startswith(_SPECTATORS):
+                total.update(file.read_bytes())
     for package in _PACKAGES[origin]:
         total.update(f"{package} {importlib.metadata.version(package)}\n".encode())
     return total.hexdigest()[:16]

@@ -1,6 +1,6 @@
 """Runs ckptq's own conversions for the corpus, several in one process.
 
-    python -m corpus.convert --jobs JOBS.json     # [{"source": DIR, "output": DIR, "settings": ["KEY=VALUE", ...]}, ...]
+python -m corpus.convert --jobs JOBS.json     # [{"source": DIR, "output": DIR, "settings": ["KEY=VALUE", ...]}, ...]
 """
 
 from __future__ import annotations

@@ -115,12 +115,10 @@ def put(values: Mapping[str, torch.Tensor]) -> Edit:
 
 
 def rename(old: str, new: str, *patterns: str) -> Edit:
-    """`old` becomes `new` in the names that match (all that hold `old`, without patterns)."""
+    """`old` becomes `new` in the names that hold it, of those that match."""
 
     def apply(stored: Tensors) -> None:
-        for name in matching(stored, *(patterns or (f"*{old}*",))):
-            if old not in name:
-                raise LookupError(f"{name}: does not hold {old}")
+        for name in matching([name for name in stored if old in name], *(patterns or ("*",))):
             stored[name.replace(old, new)] = stored.pop(name)
 
     return tensors(apply)

@@ -15,7 +15,7 @@ from typing import Literal
 from corpus.edit import Edit
 
 Needs = Literal["source", "record"]
-PARTS = ("tensors", "values", "configs", "excludes", "files", "formats", "moe")
+PARTS = ("tensors",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +56,4 @@ def fault(name: str, *, bad: Edits, near: Edits, needs: Needs | None = None) -> 
 def mutants() -> Iterator[Mutant]:
     """Every mutant of every part, in the order of the files."""
     for part in PARTS:
-        for found in importlib.import_module(f"corpus.mutants_{part}").MUTANTS:
-            yield from found
+        yield from importlib.import_module(f"corpus.mutants_{part}").MUTANTS

@@ -1,17 +1,12 @@
-"""Tensors that are missing, under other names, of another shape or type."""
+"""Tensors that are missing, or under other names."""
 
 from __future__ import annotations
 
 import torch
 
-from corpus.edit import alter, both, config, copy, dequantized, drop, elsewhere, put, rename, rows, shape, swap, to
+from corpus.edit import both, copy, drop, elsewhere, put, rename, swap
 from corpus.mutants import fault
-
-L0, L1 = "model.layers.0.", "model.layers.1."
-Q, K, V, O = (f"{L0}self_attn.{s}_proj" for s in "qkvo")
-GATE, UP, DOWN = (f"{L0}mlp.{s}_proj" for s in ("gate", "up", "down"))
-TOWER = "visual.blocks.0."
-KV = ("*.k_scale", "*.v_scale")
+from corpus.places import DOWN, GATE, KV, L0, L1, TOWER, UP, K, O, Q, V
 
 MISSING = (
     *fault(
@@ -105,15 +100,15 @@ NAMES = (
         "kv scale under a name that nobody reads",
         bad={
             "vl-modelopt": {
-                "output_scale": both(rename("k_proj.k_scale", "k_proj.output_scale"), rename("v_proj.v_scale", "v_proj.output_scale")),
+                "output_scale": both(
+                    rename("k_proj.k_scale", "k_proj.output_scale"), rename("v_proj.v_scale", "v_proj.output_scale")
+                ),
                 "amax of a quantizer": both(
                     rename("k_proj.k_scale", "k_bmm_quantizer._amax"), rename("v_proj.v_scale", "v_bmm_quantizer._amax")
                 ),
                 "kv_cache_scale": rename("k_proj.k_scale", "k_cache_scale"),
                 "key_scale": both(rename("k_proj.k_scale", "key_scale"), rename("v_proj.v_scale", "value_scale")),
-                "of the layer": both(
-                    rename("self_attn.k_proj.k_scale", "k_scale"), rename("self_attn.v_proj.v_scale", "v_scale")
-                ),
+                "of the layer": both(rename("self_attn.k_proj.k_scale", "k_scale"), rename("self_attn.v_proj.v_scale", "v_scale")),
                 "prob_scale": rename("k_proj.k_scale", "prob_scale"),
             }
         },
@@ -199,223 +194,4 @@ NAMES = (
     ),
 )
 
-SHAPES = (
-    *fault(
-        "one scale in two dimensions",
-        bad={
-            "vl-modelopt": {
-                "o": alter(shape(1, 1), f"{O}.weight_scale"),
-                "q": alter(shape(1, 1), f"{Q}.weight_scale"),
-                "input of down": alter(shape(1, 1), f"{DOWN}.input_scale"),
-            },
-            "vl-ct-static vl-fp8-static": {"o": alter(shape(1, 1), f"{O}.weight_scale")},
-        },
-        near={
-            "vl-modelopt vl-fp8-static": {"in a list": alter(shape(1), "*.weight_scale", "*.input_scale")},
-            "vl-ct-static": {"bare": alter(shape(), "*.weight_scale", "*.input_scale")},
-        },
-    ),
-    *fault(
-        "scale a row where one a tensor belongs",
-        bad={
-            "vl-modelopt": {"[N]": alter(shape(256), f"{O}.weight_scale"), "[N, 1]": alter(shape(256, 1), f"{O}.weight_scale")},
-            "vl-fp8-static vl-ct-static": {"[N, 1]": alter(shape(256, 1), f"{DOWN}.weight_scale")},
-            "vl-fp8-dynamic": {"[N]": alter(shape(128), f"{K}.weight_scale")},
-        },
-        near={"vl-modelopt": {"in a list": alter(shape(1), f"{O}.weight_scale")}},
-    ),
-    *fault(
-        "scales a row in another shape",
-        bad={
-            "vl-pcpt": {
-                "[N, 1]": alter(lambda t: t.reshape(-1, 1), "*.weight_scale"),
-                "[1, N]": alter(lambda t: t.reshape(1, -1), f"{O}.weight_scale"),
-                "one": alter(lambda t: t[0].reshape(()), f"{O}.weight_scale"),
-                "one in a list": alter(lambda t: t[:1], f"{K}.weight_scale"),
-                "a row short": alter(lambda t: t[1:], f"{O}.weight_scale"),
-            },
-            "vl-ct-dynamic": {
-                "[N]": alter(lambda t: t.flatten(), "*.weight_scale"),
-                "[1, N]": alter(lambda t: t.reshape(1, -1), f"{O}.weight_scale"),
-                "one": alter(lambda t: t[0].reshape(()), f"{O}.weight_scale"),
-                "a row short": alter(lambda t: t[1:], f"{DOWN}.weight_scale"),
-            },
-        },
-        near={
-            "vl-pcpt vl-ct-dynamic": {"in F64": alter(to(torch.float64), "*.weight_scale")},
-        },
-    ),
-    *fault(
-        "block scales in another shape",
-        bad={
-            "vl-pb-wo": {
-                "[N/128, K/128]": alter(lambda t: t.reshape(t.shape[0], -1), "*.weight_scale"),
-                "[N/128, K/128, 1, 1]": alter(lambda t: t.transpose(1, 2), f"{DOWN}.weight_scale"),
-                "transposed": alter(lambda t: t.transpose(0, 2), f"{DOWN}.weight_scale"),
-                "one": alter(lambda t: t.flatten()[0].reshape(()), f"{O}.weight_scale"),
-            },
-            "vl-ct-block": {
-                "transposed": alter(lambda t: t.t(), f"{DOWN}.weight_scale"),
-                "flat": alter(lambda t: t.flatten(), f"{O}.weight_scale"),
-                "4-D": alter(lambda t: t[:, None, :, None], f"{O}.weight_scale"),
-                "one": alter(lambda t: t.flatten()[0].reshape(()), f"{O}.weight_scale"),
-                "a block short": alter(lambda t: t[:, 1:], f"{DOWN}.weight_scale"),
-            },
-            "vl-fp8-block": {
-                "transposed": alter(lambda t: t.t(), f"{DOWN}.weight_scale_inv"),
-                "4-D": alter(lambda t: t[:, None, :, None], f"{O}.weight_scale_inv"),
-                "a block more": alter(lambda t: torch.cat([t, t[:, :1]], 1), f"{O}.weight_scale_inv"),
-            },
-        },
-        near={
-            "vl-pb-wo vl-ct-block": {"in F64": alter(to(torch.float64), "*.weight_scale")},
-            "vl-fp8-block": {"in F64": alter(to(torch.float64), "*.weight_scale_inv")},
-        },
-    ),
-    *fault(
-        "two values in a kv scale",
-        bad={
-            "vl-modelopt": {"[2]": alter(shape(2), f"{K}.k_scale"), "a head": alter(shape(2, 1), *KV)},
-            "moe-modelopt": {"[2]": alter(shape(2), f"{K}.k_scale")},
-        },
-        near={
-            "vl-modelopt": {"one in a list": alter(shape(1), *KV), "one in two dimensions": alter(shape(1, 1), *KV)},
-        },
-    ),
-    *fault(
-        "weight of too many rows",
-        bad={
-            "vl-modelopt": {"q": alter(rows(32), f"{Q}.weight"), "gate": alter(rows(32), f"{GATE}.weight"), "o": alter(rows(32), f"{O}.weight")},
-            "vl-ct-dynamic": {"up": both(alter(rows(32), f"{UP}.weight"), alter(lambda t: torch.cat([t[:32], t]), f"{UP}.weight_scale"))},
-            "moe-modelopt": {"v": alter(rows(32), f"{V}.weight")},
-        },
-        near={"vl-modelopt": {"a file in another order": elsewhere(f"{Q}.weight", f"{GATE}.weight")}},
-    ),
-    *fault(
-        "weight of too few rows",
-        bad={
-            "vl-modelopt": {
-                "q": alter(lambda t: t[32:], f"{Q}.weight"),
-                "down": alter(lambda t: t[32:], f"{DOWN}.weight"),
-                "bias": alter(lambda t: t[32:], f"{K}.bias"),
-            }
-        },
-        near={"vl-modelopt": {"a norm in a row": alter(lambda t: t.reshape(1, -1)[0], "model.norm.weight")}},
-    ),
-    *fault(
-        "vocabulary of another size",
-        bad={
-            "vl-modelopt": {
-                "lm_head of more rows": alter(lambda t: torch.cat([t, t[:64]]), "lm_head.weight"),
-                "lm_head of fewer": alter(lambda t: t[:-64], "lm_head.weight"),
-                "embeddings of fewer": alter(lambda t: t[:-64], "model.embed_tokens.weight"),
-                "config of more": config(lambda c: c["text_config"].update(vocab_size=c["text_config"]["vocab_size"] + 64)),
-            }
-        },
-        near={"vl-modelopt": {"a key that nobody reads": config(lambda c: c.update(padded_vocab_size=576))}},
-    ),
-    *fault(
-        "weight transposed",
-        bad={
-            "vl-modelopt": {"down": alter(lambda t: t.t(), f"{DOWN}.weight"), "k": alter(lambda t: t.t(), f"{K}.weight")},
-            "vl-fp8-dynamic": {"gate": alter(lambda t: t.t(), f"{GATE}.weight")},
-        },
-        near={"vl-modelopt": {"stored column by column and named so": alter(lambda t: t.t().contiguous().t(), f"{DOWN}.weight")}},
-    ),
-    *fault(
-        "square weight transposed",
-        bad={
-            "vl-modelopt vl-ct-dynamic vl-fp8-block": {"o": alter(lambda t: t.t(), f"{O}.weight")},
-            "vl-ours": {"q": alter(lambda t: t.t(), f"{Q}.weight")},
-        },
-        near={"vl-modelopt": {"twice": alter(lambda t: t.t().contiguous().t(), f"{O}.weight")}},
-        needs="source",
-    ),
-)
-
-TYPES = (
-    *fault(
-        "FP8 codes under another type",
-        bad={
-            "vl-modelopt": {
-                "U8": alter(lambda t: t.view(torch.uint8), f"{O}.weight"),
-                "I8": alter(lambda t: t.view(torch.int8), "model.layers.*_proj.weight"),
-                "U8 of a shard": alter(lambda t: t.view(torch.uint8), f"{K}.weight"),
-            },
-            "vl-pcpt vl-fp8-block vl-ct-static": {"U8": alter(lambda t: t.view(torch.uint8), f"{DOWN}.weight")},
-        },
-        near={"vl-modelopt": {"the same codes": alter(lambda t: t.view(torch.uint8).clone().view(t.dtype), f"{O}.weight")}},
-    ),
-    *fault(
-        "weight in E5M2",
-        bad={
-            "vl-modelopt": {"o": alter(lambda t: t.float().to(torch.float8_e5m2), f"{O}.weight")},
-            "vl-fp8-dynamic": {"all": alter(lambda t: t.float().to(torch.float8_e5m2), "model.layers.*_proj.weight")},
-        },
-        near={"vl-modelopt": {"E4M3 by another road": alter(lambda t: t.float().to(t.dtype), f"{O}.weight")}},
-    ),
-    *fault(
-        "weight of a quantized module in BF16",
-        bad={
-            "vl-modelopt": {
-                "the codes' values": alter(to(torch.bfloat16), f"{O}.weight"),
-                "dequantized, with scales": dequantized(f"{DOWN}.weight"),
-                "dequantized, without": both(dequantized(f"{DOWN}.weight"), drop(f"{DOWN}.weight_scale", f"{DOWN}.input_scale")),
-                "a shard": dequantized(f"{V}.weight"),
-            },
-        },
-        near={"vl-modelopt": {"the norms, in F32": alter(to(torch.float32), "*norm.weight")}},
-    ),
-    *fault(
-        "scale of fewer bits",
-        bad={
-            "vl-modelopt": {
-                "BF16": alter(to(torch.bfloat16), "*.weight_scale", "*.input_scale"),
-                "F16": alter(to(torch.float16), "*.weight_scale"),
-            },
-            "vl-ct-block vl-pcpt": {"BF16": alter(to(torch.bfloat16), "*.weight_scale")},
-            "vl-fp8-block": {"BF16": alter(to(torch.bfloat16), "*.weight_scale_inv")},
-        },
-        near={
-            "vl-modelopt vl-fp8-static": {"F64": alter(to(torch.float64), "*.weight_scale", "*.input_scale")},
-            "vl-modelopt vl-ours": {"kv in BF16": alter(to(torch.bfloat16), *KV)},
-        },
-    ),
-    *fault(
-        "scale of whole numbers",
-        bad={
-            "vl-modelopt": {
-                "I32": alter(to(torch.int32), f"{O}.weight_scale"),
-                "U8 exponent": alter(lambda t: (t.log2().round() + 127).to(torch.uint8), f"{O}.weight_scale"),
-                "F8": alter(to(torch.float8_e4m3fn), f"{DOWN}.weight_scale"),
-            },
-            "vl-fp8-block": {"U8 exponents": alter(lambda t: (t.log2().round() + 127).to(torch.uint8), "*.weight_scale_inv")},
-        },
-        near={"vl-modelopt": {"F64": alter(to(torch.float64), f"{O}.weight_scale")}},
-    ),
-    *fault(
-        "tensor that stays in fewer bits",
-        bad={
-            "vl-modelopt": {
-                "tower in F8": alter(to(torch.float8_e4m3fn), f"{TOWER}attn.proj.weight"),
-                "embeddings in F8": alter(to(torch.float8_e4m3fn), "model.embed_tokens.weight"),
-                "lm_head in F8": alter(to(torch.float8_e4m3fn), "lm_head.weight"),
-                "norm in I8": alter(to(torch.int8), "model.norm.weight"),
-                "bias in F8": alter(to(torch.float8_e4m3fn), f"{Q}.bias"),
-            }
-        },
-        near={
-            "vl-modelopt": {
-                "tower in F32": alter(to(torch.float32), "visual.*"),
-                "lm_head in F32": alter(to(torch.float32), "lm_head.weight"),
-            }
-        },
-    ),
-    *fault(
-        "activations in another type",
-        bad={"vl-modelopt": {"float32": config(lambda c: c.update(dtype="float32"))}},
-        near={"vl-modelopt": {"the key's old name": config(lambda c: c.update(torch_dtype=c.pop("dtype")))}},
-    ),
-)
-
-MUTANTS = (*MISSING, *NAMES, *SHAPES, *TYPES)
+MUTANTS = (*MISSING, *NAMES)

@@ -2,11 +2,11 @@
 
     python -m corpus.relabeled --jobs JOBS.json
 
-JOBS.json: `[{"source": DIR, "output": DIR, "format": "static" | "dynamic" | "block", "ignored": KEY, ...}, ...]`. `ignored` is the key
-of config.json under which the linears that stay as they are are listed; the server reads two. A static export has `scales`, the
-folder of a ModelOpt export of the same source, and takes codes and scales from it: the tensors of the two methods are the same
-(vLLM 0.32.0 model_executor/layers/quantization/fp8.py Fp8LinearMethod.create_weights). `scale_dtype` is that of a block's scale,
-`shards` the number of files.
+JOBS.json: `[{"source": DIR, "output": DIR, "format": "static" | "dynamic" | "block", "ignored": KEY, ...}, ...]`. `ignored` is
+the key of config.json under which the linears that stay as they are are listed; the server reads two. A static export has
+`scales`, the folder of a ModelOpt export of the same source, and takes codes and scales from it: the tensors of the two methods
+are the same (vLLM 0.32.0 model_executor/layers/quantization/fp8.py Fp8LinearMethod.create_weights). `scale_dtype` is that of a
+block's scale, `shards` the number of files.
 """
 
 from __future__ import annotations

@@ -32,7 +32,11 @@ SPREAD = {"q_proj": 1.0, "k_proj": 1.6, "v_proj": 0.7, "gate_proj": 1.0, "up_pro
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One unquantized checkpoint. `nested`: tensor names as `model.language_model.layers`. `shards`: how many files."""
+    """One unquantized checkpoint.
+
+    `intermediate`: of an expert where there are experts; layers in `dense` have none, and are twice as wide.
+    `nested`: tensor names as `model.language_model.layers`. `shards`: how many files.
+    """
 
     family: Family
     layers: int = 2
@@ -41,6 +45,7 @@ class Source:
     kv_heads: int = 2
     intermediate: int = 384
     experts: int = 0
+    dense: tuple[int, ...] = ()
     tied: bool = False
     nested: bool = False
     shards: int = 1
@@ -53,6 +58,7 @@ SOURCES: Mapping[str, Source] = {
     "vl-deep": Source("vl", layers=12, hidden=128, heads=2, kv_heads=1, intermediate=128),
     "vl-tied": Source("vl", hidden=128, heads=2, kv_heads=1, intermediate=256, tied=True),
     "moe": Source("moe", intermediate=128, experts=4, shards=2),
+    "moe-mixed": Source("moe", intermediate=128, experts=4, dense=(0,)),
 }
 
 
@@ -102,13 +108,21 @@ def moe_shapes(source: Source) -> Iterator[tuple[str, Shape]]:
             yield f"{at}self_attn.{name}_proj.weight", (count, source.hidden)
         for name in "qk":
             yield f"{at}self_attn.{name}_norm.weight", (head,)
+        if i in source.dense:
+            yield from projections(f"{at}mlp.", source.hidden, 2 * source.intermediate)
+            continue
         yield f"{at}mlp.gate.weight", (source.experts, source.hidden)
         for expert in range(source.experts):
-            for name in ("gate", "up"):
-                yield f"{at}mlp.experts.{expert}.{name}_proj.weight", (source.intermediate, source.hidden)
-            yield f"{at}mlp.experts.{expert}.down_proj.weight", (source.hidden, source.intermediate)
+            yield from projections(f"{at}mlp.experts.{expert}.", source.hidden, source.intermediate)
     yield "model.norm.weight", (source.hidden,)
     yield "lm_head.weight", (VOCAB, source.hidden)
+
+
+def projections(at: str, hidden: int, intermediate: int) -> Iterator[tuple[str, Shape]]:
+    """Of one expert, or of a layer without any."""
+    for name in ("gate", "up"):
+        yield f"{at}{name}_proj.weight", (intermediate, hidden)
+    yield f"{at}down_proj.weight", (hidden, intermediate)
 
 
 def spread(name: str) -> float:
@@ -174,7 +188,7 @@ def moe_config(source: Source) -> dict[str, Any]:
         "hidden_size": source.hidden,
         "intermediate_size": 2 * source.intermediate,
         "max_position_embeddings": 4096,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(source.dense),
         "moe_intermediate_size": source.intermediate,
         "norm_topk_prob": True,
         "num_attention_heads": source.heads,

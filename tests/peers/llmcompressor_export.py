@@ -2,9 +2,9 @@
 
     python tests/peers/llmcompressor_export.py --jobs JOBS.json
 
-JOBS.json: `[{"source": DIR, "output": DIR, "format": scheme, "kv": bool, "ignore": [...], "weights_only": bool}, ...]`, calibrated on
-some held-out text. `weights_only` takes its entry point that reads files and builds no model: for experts, which it leaves
-as one tensor each.
+JOBS.json: `[{"source": DIR, "output": DIR, "format": scheme, "kv": bool, "ignore": [...], "weights_only": bool}, ...]`,
+calibrated on some held-out text. `weights_only` takes its entry point that reads files and builds no model: for experts, which
+it leaves as one tensor each, and to keep files and names as they are.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python tests/peers/modelopt_export.py --recipe demo.yaml --output DIR [--set KEY=VALUE]...
     python tests/peers/modelopt_export.py --jobs JOBS.json
 
-JOBS.json: `[{"source": DIR, "output": DIR, "format": key of PRESETS, "kv": key of KV or null}, ...]`, calibrated on some held-out text.
+JOBS.json: `[{"source": DIR, "output": DIR, "format": key of PRESETS, "kv": key of KV or null}, ...]`, calibrated on some
+held-out text.
 
 The model is whole in memory, and its full forward runs on each sample by itself, so that the vision tower takes part and no
 pad token reaches an observer. Run it in a process of its own: ModelOpt patches transformers and torch for good.
@@ -34,7 +35,8 @@ PRESETS = {
     "fp8_per_channel_per_token": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
     "fp8_pb_wo": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
-# What its preset FP8_KV_CFG sets, and the same with a constant in place of an amax: `--kv_cache_qformat fp8_cast`, hf_ptq.py's default.
+# What its preset FP8_KV_CFG sets, and the same with a constant in place of an amax: `--kv_cache_qformat fp8_cast`, the default of
+# its script hf_ptq.py.
 KV = {"fp8": {}, "fp8_cast": {"use_constant_amax": True}}
 
 

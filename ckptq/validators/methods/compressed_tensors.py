@@ -7,12 +7,13 @@ what a strategy means when it is left out, in compressed-tensors 0.17 quantizati
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckptq.errors import SourceError, UnsupportedError
+from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, error, has_errors
+from ckptq.validators import Code, Finding, error, expressions, has_errors
+from ckptq.validators.expressions import matches
 from ckptq.validators.formats import Format, Granularity, compressed_tensors
 from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list
 from ckptq.validators.servers import Server
@@ -22,7 +23,6 @@ _SOURCE = "vLLM 0.32.0 model_executor/layers/quantization/compressed_tensors/com
 CODES = {
     "config.groups": Code("no config group says what is quantized, or one says it in a way that the server can't read", _SOURCE),
     "config.format": Code("the format is absent, or none in which the server quantizes activations", _SOURCE),
-    "config.pattern": Code("an entry that is no valid regular expression", _SOURCE),
     "config.ignore": Code("the ignore list is no list of names", _SOURCE),
     "config.kv-scheme": Code("a KV scheme at which the server stops", _SOURCE + " CompressedTensorsKVCacheMethod"),
 }
@@ -30,8 +30,6 @@ CODES = {
 _FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized")
 _STRATEGIES = ("tensor", "channel", "block")
 _CLASSES = ("Linear", "RoutedExperts", "ParallelLMHead")
-_REGEX_SECONDS = 1.0
-"""For one match: an expression from a checkpoint may be made to run forever."""
 
 
 def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Finding]:
@@ -54,12 +52,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
         yield error(
             "config.ignore", f"{file}.ignore", "a list of names", repr(entries), "vLLM raises", "write the names as a JSON list"
         )
-    for entry in [*exclude_list(section, "ignore"), *(t for g in groups.values() for t in _targets(g))]:
-        if entry.startswith("re:") and not _compiles(entry[3:]):
-            yield error(
-                "config.pattern", f"{file}: {entry}", "a regular expression after `re:`", "one that does not compile",
-                "vLLM raises", "mend it; a module and all inside it is `re:.*name.*`",
-            )  # fmt: skip
+    yield from expressions.check([*exclude_list(section, "ignore"), *(t for g in groups.values() for t in _targets(g))], file)
     yield from _kv_findings(section, file)
 
 
@@ -172,10 +165,10 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
             groups |= dict.fromkeys((_mapped(t, scope) for t in _targets(group)), _format(group))
 
     def of_name(name: str, kind: str) -> Treatment:
-        ignored = [any(_matches(n, e) for e in ignore) for n in _names(name, ignore, packed, settings.server)]
-        if any(ignored) and not all(ignored):
+        ignored = expressions.ignored(name, ignore, packed, settings.server, fused=True)
+        if ignored is None:
             return "refused"
-        return "kept" if all(ignored) else _target(name, kind, groups, packed)
+        return "kept" if ignored else _target(name, kind, groups, packed)
 
     @functools.cache
     def of_prefix(prefix: str, kind: str, experts: tuple[str, ...]) -> Treatment:
@@ -196,23 +189,15 @@ def _mapped(entry: str, scope: Scope) -> str:
     return server_name(entry, scope) if "." in entry and not entry.startswith("re:") else entry
 
 
-def _names(name: str, entries: Iterable[str], packed: Mapping[str, Sequence[str]], server: Server) -> list[str]:
-    """The names that are asked of a list: the linear's own where an entry matches it, else its shards'."""
-    last = name.rpartition(".")[2]
-    if last not in packed or any(_matches(name, e) for e in entries if server.fused_regex or not e.startswith("re:")):
-        return [name]
-    return [name.replace(last, shard) for shard in packed[last]]
-
-
 def _target(name: str, kind: str, groups: Mapping[str, Format], packed: Mapping[str, Sequence[str]]) -> Treatment:
     """find_matched_target: the name, then all shards of a fused one, then the class, of which a target may be a part."""
-    by_name = next((form for target, form in groups.items() if _matches(name, target)), None)
+    by_name = next((form for target, form in groups.items() if matches(name, target)), None)
     if by_name is not None:
         return by_name
     fused = next((key for key in packed if name.endswith(key)), None)
     if fused is not None:
         found = [
-            next((form for target, form in groups.items() if _matches(name.replace(fused, shard), target)), None)
+            next((form for target, form in groups.items() if matches(name.replace(fused, shard), target)), None)
             for shard in packed[fused]
         ]
         if found[0] is not None and None not in found:
@@ -221,7 +206,7 @@ def _target(name: str, kind: str, groups: Mapping[str, Format], packed: Mapping[
     kinds = ("RoutedExperts", "Linear") if kind == "RoutedExperts" else (kind,)
     for target, form in groups.items():
         if target.startswith("re:"):
-            if any(_matches(k, target) for k in kinds[:1]):
+            if any(matches(k, target) for k in kinds[:1]):
                 return form
         elif any(target.lower() in k.lower() for k in kinds):
             return form
@@ -233,31 +218,3 @@ def _format(group: Mapping[str, Any]) -> Format:
     static = isinstance(inputs, Mapping) and not inputs.get("dynamic", False)
     granularity: Granularity = {"channel": "channel", "block": "block"}.get(_strategy(weights), "tensor")  # type: ignore[assignment]
     return compressed_tensors(granularity, static=static, block=_block(weights) if granularity == "block" else None)
-
-
-def _compiles(pattern: str) -> bool:
-    import regex
-
-    try:
-        _expression(pattern)
-    except (regex.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-@functools.cache
-def _expression(pattern: str) -> Callable[..., Any]:
-    import regex  # vLLM's own choice, and it has a time limit
-
-    match: Callable[..., Any] = regex.compile(pattern).match
-    return match
-
-
-def _matches(value: str, entry: str) -> bool:
-    """is_equal_or_regex_match: `re:` matches from the start of the name; all else is compared whole."""
-    if not entry.startswith("re:"):
-        return value == entry
-    try:
-        return _expression(entry[3:])(value, timeout=_REGEX_SECONDS) is not None
-    except TimeoutError:
-        raise SourceError(f"config.json: the expression {entry!r} takes too long to match {value}") from None

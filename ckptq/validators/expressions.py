@@ -1,0 +1,80 @@
+"""Entries of the lists that compressed-tensors and Quark write: a whole name, or `re:` and a regular expression.
+
+vLLM 0.32.0 model_executor/layers/quantization/utils/config_utils.py is_equal_or_regex_match and find_matching_patterns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ckptq.errors import SourceError
+from ckptq.validators import Code, Finding, error
+from ckptq.validators.servers import Server
+
+CODES = {
+    "config.pattern": Code(
+        "an entry that is no valid regular expression",
+        "vLLM 0.32.0 model_executor/layers/quantization/utils/config_utils.py is_equal_or_regex_match",
+    )
+}
+SECONDS = 1.0
+"""For one match: an expression from a checkpoint may be made to run forever."""
+
+
+def check(entries: Iterable[str], file: str) -> Iterator[Finding]:
+    """A finding for each expression that does not compile."""
+    for entry in entries:
+        if entry.startswith("re:") and not _compiles(entry[3:]):
+            yield error(
+                "config.pattern", f"{file}: {entry}", "a regular expression after `re:`", "one that does not compile",
+                "vLLM raises", "mend it; a module and all inside it is `re:.*name.*`",
+            )  # fmt: skip
+
+
+def matches(value: str, entry: str) -> bool:
+    """`re:` matches from the start of the name; all else is compared whole.
+
+    Raises SourceError for an expression that takes longer than SECONDS.
+    """
+    if not entry.startswith("re:"):
+        return value == entry
+    try:
+        return _expression(entry[3:])(value, timeout=SECONDS) is not None
+    except TimeoutError:
+        raise SourceError(f"config.json: the expression {entry!r} takes too long to match {value}") from None
+
+
+def ignored(name: str, entries: Sequence[str], packed: Mapping[str, Sequence[str]], server: Server, *, fused: bool) -> bool | None:
+    """Whether the list holds this linear; None where it holds some shards of a fused one, at which vLLM raises.
+
+    compressed_tensors/utils.py and quark/utils.py should_ignore_layer. `fused`: whether the plain name of a fused linear counts
+    in versions that try no expression on it.
+    """
+    last = name.rpartition(".")[2]
+    direct = [e for e in entries if server.fused_regex or last not in packed or (fused and not e.startswith("re:"))]
+    if any(matches(name, entry) for entry in direct):
+        return True
+    if last not in packed:
+        return False
+    shards = {any(matches(name.replace(last, shard), entry) for entry in entries) for shard in packed[last]}
+    return None if len(shards) > 1 else True in shards
+
+
+def _compiles(pattern: str) -> bool:
+    import regex
+
+    try:
+        _expression(pattern)
+    except (regex.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+@functools.cache
+def _expression(pattern: str) -> Callable[..., Any]:
+    import regex  # vLLM's own choice, and it has a time limit
+
+    match: Callable[..., Any] = regex.compile(pattern).match
+    return match

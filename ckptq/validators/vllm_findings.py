@@ -1,0 +1,235 @@
+# --- from the trace to findings ---
+
+
+def _findings(trace: Mapping[str, Any], folder: Path, stored: Sequence[str]) -> Iterator[Finding]:
+    if trace["error"]:
+        yield _stopped(trace, folder)
+    if trace["stage"] in _LOADED:
+        names = _Names(trace)
+        yield from _ignored(trace, stored)
+        yield from _unwritten(trace, names)
+        yield from _kv_scales(trace)
+        yield from _truncated(trace)
+        yield from _casts(trace)
+    if trace["generated"]:
+        yield from _answers(trace["generated"])
+
+
+def _stopped(trace: Mapping[str, Any], folder: Path) -> Finding:
+    problem, stage = trace["error"], trace["stage"]
+    message = _last(problem["message"]) or problem["where"]
+    found = f"{problem['type']} while {_DOING[stage]}: {message}"
+    lacking = [name for name in trace["stand_ins"] if name != "scaled_fp8_quant"]
+    if stage in ("engine", "generate") and lacking:
+        return warning(
+            "server.no-kernel", folder.name, "vLLM generates", found,
+            f"loaded and looked at, but vLLM on this machine ({trace['platform']}) has no kernel for it: {', '.join(lacking)}",
+            "generate on the machine that will serve it",
+        )  # fmt: skip
+    return error(
+        "server.failed", folder.name, "vLLM loads the checkpoint" if stage != "generate" else "vLLM generates",
+        f"{found}\nat {problem['where']}", "it can't be served",
+        "mend the other findings first; without any, the fault may lie with this vLLM or its settings",
+    )  # fmt: skip
+
+
+class _Names:
+    """The checkpoint's name of a parameter, learned from the keys that were loaded: they differ in front of the layer's number."""
+
+    def __init__(self, trace: Mapping[str, Any]) -> None:
+        self.fronts: dict[str, str] = {}
+        for key, entry in trace["keys"].items():
+            for parameter in entry["parameters"]:
+                self.fronts.setdefault(_front(parameter), _front(key))
+
+    def of(self, parameter: str, part: str) -> str:
+        """`part` takes the place of the fused linear's name; an expert's comes behind `experts`."""
+        front = _front(parameter)
+        name = self.fronts.get(front, front) + parameter[len(front) :]
+        owner, _, leaf = name.rpartition(".")
+        if not part:
+            return name
+        if "." in part:
+            return f"{owner.removesuffix('.routed_experts')}.{part}.{re.sub('^w13_|^w2_', '', leaf)}"
+        return f"{owner.rpartition('.')[0]}.{part}.{leaf}"
+
+
+def _front(name: str) -> str:
+    """What stands before the first number, or before the last dot."""
+    numbered = re.match(r"(.*?)\.\d+\.", name)
+    return numbered[1] if numbered else name.rpartition(".")[0]
+
+
+def _ignored(trace: Mapping[str, Any], stored: Sequence[str]) -> Iterator[Finding]:
+    cache = _fp8_cache(trace)
+    for key in dict.fromkeys([*trace["keys"], *stored]):
+        entry = trace["keys"].get(key)
+        if entry is not None and (entry["read"] or not entry["elements"]):
+            unused = [p for p in entry["parameters"] if trace["parameters"][p].get("cache", "fp8").startswith("fp8") is False]
+            if unused and key.endswith(("k_scale", "v_scale", "kv_scale")):
+                yield warning(
+                    "server.ignored-key", key, "an FP8 KV cache, which it is for", f"a KV cache of dtype {trace['kv_cache_dtype']}",
+                    "the scale is loaded and not used", "declare the FP8 KV cache in config.json, or leave the scales out",
+                )  # fmt: skip
+            continue
+        judged = _judge_ignored(key, cache, tied="lm_head.weight" not in trace["parameters"])
+        if judged is not None:
+            severity, effect = judged
+            yield severity(
+                "server.ignored-key", key, "a tensor that vLLM loads", "never read" if entry else "in no file that vLLM reads", effect,
+                "name it as the server does, or leave it out",
+            )  # fmt: skip
+
+
+_ELSEWHERE = ("talker", "token2wav", "code2wav", "mtp", "code_predictor")
+"""Parts of Omni and multi-token models that the plain server doesn't build (models/qwen3_omni_moe_thinker.py hf_to_vllm_mapper)."""
+
+
+def _judge_ignored(key: str, cache: bool, *, tied: bool) -> tuple[Any, str] | None:
+    """(error or warning, effect), or None for what every server recomputes."""
+    if re.search(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$", key):
+        return None  # models/utils.py REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER
+    if key.endswith(("k_scale", "v_scale")):
+        return (error, "the KV cache does without it") if cache else (warning, "no KV cache uses it")
+    if key.endswith((".bias", ".g_idx", "_zero_point", ".q_scale", ".prob_scale")):
+        return warning, "the server answers without it"
+    if key.startswith("lm_head.") and tied:
+        return warning, "the head is tied: the embeddings take its place"
+    if {*_ELSEWHERE} & {*key.split(".")[:3]}:
+        return warning, "this server doesn't build the part that it belongs to"
+    return error, "the server answers without it"
+
+
+def _fp8_cache(trace: Mapping[str, Any]) -> bool:
+    return any(p.get("cache", "").startswith("fp8") for p in trace["parameters"].values())
+
+
+def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
+    for name, parameter in trace["parameters"].items():
+        if parameter["exempt"]:
+            continue
+        leaf = name.rpartition(".")[2]
+        for missing in parameter["missing"]:
+            whole = missing["elements"] == missing["of"]
+            first, end = missing["rows"]
+            found = "nothing" if whole else f"{missing['elements']} of {missing['of']} elements, in rows {first}..{end - 1}, got nothing"
+            if missing["part"]:
+                found += f", for its part of the server's {'.'.join(name.split('.')[-2:])}"
+            # Of a fused linear the largest is taken, and they are most often equal: process_weights_after_loading.
+            rest = leaf == "input_scale" and 0 < parameter["written"]
+            yield (warning if rest else error)(
+                "server.unwritten", names.of(name, missing["part"]), "a value for every element of the server's parameter", found,
+                "the largest of the others is taken" if rest else _left(leaf), "store the tensor under this name, with the full shape",
+            )  # fmt: skip
+
+
+def _left(leaf: str) -> str:
+    """fp8_utils.py create_fp8_scale_parameter, and torch.empty for the rest."""
+    if "scale" in leaf:
+        return "the scale stays what it was made with, -3.4e38 or 1.0 or memory as it was: wrong numbers or NaN"
+    return "it stays memory as it was: arbitrary numbers or NaN"
+
+
+def _kv_scales(trace: Mapping[str, Any]) -> Iterator[Finding]:
+    """Of an FP8 KV cache: all missing is what ModelOpt writes without calibration (1.0 is used), some is a fault (kv_cache.py)."""
+    scales = {
+        name: parameter["written"]
+        for name, parameter in trace["parameters"].items()
+        if parameter["exempt"] == KV_SCALE and name.endswith(("k_scale", "v_scale")) and parameter["cache"].startswith("fp8")
+    }
+    some = any(scales.values())
+    for name, written in scales.items():
+        if not written:
+            yield (error if some else warning)(
+                "server.unwritten", name, "a scale for the FP8 KV cache", "nothing, and others have one" if some else "nothing",
+                "the other one's or 1.0 is taken, or the server stops" if some else "1.0 is taken",
+                "store k_scale and v_scale for every layer",
+            )  # fmt: skip
+
+
+def _truncated(trace: Mapping[str, Any]) -> Iterator[Finding]:
+    for key, entry in trace["keys"].items():
+        if not 0 < entry["read"] < entry["elements"]:
+            continue
+        row = entry["elements"] // entry["shape"][0]
+        first, end = entry["unread"][0][0] // row, -(-entry["unread"][-1][1] // row)
+        yield error(
+            "server.truncated", key, "the shape that the config asks for",
+            f"{entry['shape']}; of it {entry['elements'] - entry['read']} elements were left out, in rows {first}..{end - 1}",
+            "the server computes with the rest", "store the tensor that belongs there",
+        )  # fmt: skip
+
+
+_WIDE = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+"""Formats that hold numbers as they are, with the bits of their significands."""
+
+
+def _casts(trace: Mapping[str, Any]) -> Iterator[Finding]:
+    for key, entry in trace["keys"].items():
+        for cast in entry["casts"]:
+            parameter = trace["parameters"].get(cast["parameter"], {})
+            before, after = (name.removeprefix("torch.") for name in (entry["dtype"], cast["to"]))
+            if before == after or (before in _WIDE and after in _WIDE and not cast["changed"]):
+                continue
+            # attention.py makes the parameter in the default dtype, so F32 is always rounded to BF16: as good as exact.
+            if parameter.get("exempt") == KV_SCALE and before in _WIDE and after in _WIDE:
+                continue
+            changed = f"{cast['changed']} of {cast['elements']} values changed" if cast["changed"] else "no value changed"
+            benign = (before in _WIDE and after in _WIDE) or (before[:6] == after[:6] == "float8" and not cast["changed"])
+            yield (warning if benign else error)(
+                "server.lossy-cast", key, f"{after}, the dtype of the server's parameter" if cast["parameter"] else after,
+                f"{before}; {changed}", _cast_effect(before, after),
+                "store the dtype that the config declares, or mend the config's list of what stays unquantized",
+            )  # fmt: skip
+
+
+def _cast_effect(before: str, after: str) -> str:
+    if before in _WIDE and after in _WIDE:
+        return "the values are rounded"
+    if before in _WIDE:
+        return "the numbers are cast to codes as they are, with no scale of their own"
+    if before.startswith("float8") and after.startswith("float8"):
+        return "the codes are cast to another format's"
+    return "the codes are taken for numbers"
+
+
+# --- what it answered ---
+
+
+def _answers(generated: Mapping[str, Any]) -> Iterator[Finding]:
+    yield from judge([[*place.values()] for place in generated["logprobs"]], generated["vocabulary"])
+    images = generated["images"]
+    broken = False
+    for image in images:
+        found = [*judge([[*place.values()] for place in image["logprobs"]], generated["vocabulary"], "log-probabilities after an image")]
+        yield from found if not broken else ()
+        broken = broken or bool(found)
+    if len(images) == 2 and not broken and _same(images[0]["logprobs"][0], images[1]["logprobs"][0]):
+        yield error(
+            "server.blind", "log-probabilities after an image", "other ones after another image", f"the same within {_SAME:g}",
+            "it answers without seeing", "the vision tower or its projection is dead: look for zeros, NaN and missing tensors there",
+        )  # fmt: skip
+
+
+def _same(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
+    return first.keys() == second.keys() and all(abs(first[token] - second[token]) < _SAME for token in first)
+
+
+def judge(logprobs: list[list[float]], vocabulary: int, subject: str = "log-probabilities") -> Iterator[Finding]:
+    """Findings on log-probabilities, [position][entry]: the likeliest tokens' at each position, and the given one's."""
+    entries = [value for place in logprobs for value in place]
+    wrong = sum(math.isnan(value) or value == math.inf for value in entries)
+    if wrong or not entries:
+        yield error(
+            "server.not-finite", subject, "finite numbers", f"{wrong} of {len(entries)} are NaN or infinite",
+            "a scale is missing, zero or NaN, or a weight holds NaN", "mend the other findings",
+        )  # fmt: skip
+        return
+    flat = -math.log(vocabulary)
+    best = [max(place) for place in logprobs]
+    if all(abs(value - flat) < _FLAT for value in best):
+        yield error(
+            "server.flat", subject, "some tokens likelier than others",
+            f"{best[0]:.4f} at every position, which is -ln({vocabulary})",
+            "the logits are constant", "lm_head or the last norm is broken, most often an lm_head that the exclude list misses",
+        )  # fmt: skip

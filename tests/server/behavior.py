@@ -1,0 +1,304 @@
+"""What the real vLLM makes of checkpoint folders, each compared with a good one. Runs in the interpreter that has vLLM.
+
+    python tests/server/behavior.py JOBS.json RESULTS.jsonl
+
+JOBS.json: [{name, folder, good, source}], the jobs of one good export in a row. RESULTS.jsonl gets one line a job, as soon as it is
+done: {name, label, ...evidence}. A process that dies has written what came before. All jobs of a process are of one family:
+vLLM makes the group of expert parallelism once, for the first model.
+
+Two things are set apart from a server's own run. Memory that nobody wrote is filled with NaN (torch's deterministic mode), which
+makes what it holds the same each time. And the CPU build's own packing of unquantized weights is left out, which would hide them.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "CRITICAL",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TQDM_DISABLE": "1",
+}
+
+import torch
+
+CHILD = Path(__file__).parents[2] / "ckptq/validators/vllm_child.py"
+CODE_STEP = 2.0**-3
+"""Between neighboring E4M3 codes, relative to the smaller one, at most."""
+SMALLEST = 2.0**-9
+"""The smallest E4M3 value above zero."""
+BF16_STEP = 2.0**-7
+LOSS = 1.1
+"""A weight whose error against the source has grown by this factor has lost bits."""
+SHOWN = 3
+_ACTIVATIONS = ("input_scale", "._k_scale", "._v_scale", "._q_scale", "._prob_scale")
+
+Values = dict[str, torch.Tensor]
+
+
+def label(found: Mapping[str, Any]) -> str:
+    """The rules, in their order. Each goes by what was measured; none knows what the mutant was meant to be.
+
+    refused   vLLM raised, or its process died, before the model was ready
+    wrong     after vLLM's post-processing, something it computes with differs from the good export's beyond rounding:
+              - it has another dtype or shape, is not there, or is a setting of a module (heads, widths, the KV cache's dtype)
+              - a quantized weight, which is its codes times their scales: a value differs by more than one step of E4M3
+              - any other tensor, scales of activations, keys and values among them: a value differs by more than one step of BF16
+              - something that was finite is not, among it all memory that nothing wrote
+    degraded  none of that, and
+              - FP8 is declared for the KV cache and no layer has a scale for it, so that vLLM takes 1.0: this alone is not called
+                wrong, because it is what an exporter writes who does not calibrate the cache, or
+              - a quantized weight lies farther from the source's, in root mean square, by the factor 1.1 or more
+    harmless  everything else: all that vLLM computes with is the good export's, up to rounding
+    """
+    if found["error"]:
+        return "refused"
+    if found["differ"]:
+        return "wrong"
+    return "degraded" if found["kv_absent"] or found["lost"] else "harmless"
+
+
+def vllm_child() -> Any:
+    spec = importlib.util.spec_from_file_location("vllm_child", CHILD)
+    assert spec is not None and spec.loader is not None
+    sys.modules["vllm_child"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare() -> None:
+    """Sets up the process, once."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    from vllm.model_executor.layers import linear, utils, vocab_parallel_embedding
+
+    for module in (linear, utils, vocab_parallel_embedding):
+        if hasattr(module, "dispatch_cpu_unquantized_gemm"):
+            module.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: None  # type: ignore[attr-defined]
+
+
+# --- what vLLM computes with ---
+
+
+def computed(model: Any, child: Any) -> tuple[Values, dict[str, str], dict[str, Any]]:
+    """(float32 values by name, dtypes by name, settings of modules by name). A quantized weight is its codes times their scales."""
+    stored = dict(child.effective(model))
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in stored.items()}
+    values: Values = {}
+    for name, tensor in stored.items():
+        scale = scale_of(name, stored)
+        values[name] = tensor.float() if scale is None else tensor.float() * spread(scale.float(), tensor)
+    for name in [name for name in stored if name.endswith(("weight_scale", "weight_scale_inv"))]:
+        del values[name]
+    return values, dtypes, dict(settings(model))
+
+
+def scale_of(name: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    if not name.endswith("weight") or stored[name].dtype != torch.float8_e4m3fn:
+        return None
+    return next((stored[s] for s in (f"{name}_scale", f"{name}_scale_inv") if s in stored), None)
+
+
+def spread(scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The scale in a shape that multiplies with `codes`: one; one a column of a transposed weight; one a block; one an expert."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if codes.ndim == 3 and scale.numel() == codes.shape[0]:
+        return scale.reshape(-1, 1, 1)
+    if codes.ndim == 2 and scale.numel() == codes.shape[1] and (scale.ndim == 1 or scale.shape[1] == 1):
+        return scale.reshape(1, -1)
+    for dim in (-2, -1):
+        if scale.shape[dim] not in (1, codes.shape[dim]):
+            block = 128 if -(-codes.shape[dim] // 128) == scale.shape[dim] else -(-codes.shape[dim] // scale.shape[dim])
+            scale = scale.repeat_interleave(block, dim).narrow(dim, 0, codes.shape[dim])
+    return scale
+
+
+def settings(model: Any) -> Iterator[tuple[str, Any]]:
+    """Numbers and names that modules hold, other than tensors: heads, widths, epsilons, dtypes of the KV cache."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_") and type(value) in (int, float, str, bool):
+                yield f"{name}.{key}", value
+
+
+# --- the comparison ---
+
+
+def compare(good: Any, found: Any, absent: bool) -> Iterator[tuple[str, str]]:
+    """(name, how it differs beyond rounding). `absent`: scales of the KV cache are not to be looked at."""
+    (b_values, b_dtypes, b_settings), (a_values, a_dtypes, a_settings) = good, found
+    for name in sorted(b_dtypes.keys() | a_dtypes.keys()):
+        if name not in a_dtypes or name not in b_dtypes:
+            yield name, "not there" if name in b_dtypes else "not in the good export"
+        elif a_dtypes[name] != b_dtypes[name]:
+            yield name, f"{a_dtypes[name]}, not {b_dtypes[name]}"
+        elif name in b_values and not (absent and name.endswith(("._k_scale", "._v_scale"))):
+            yield from differs(name, a_values[name], b_values[name], codes=b_dtypes[name] == "float8_e4m3fn")
+    for name in sorted(b_settings.keys() | a_settings.keys()):
+        if b_settings.get(name) != a_settings.get(name):
+            yield name, f"{a_settings.get(name)!r}, not {b_settings.get(name)!r}"
+
+
+def differs(name: str, a: torch.Tensor, b: torch.Tensor, *, codes: bool) -> Iterator[tuple[str, str]]:
+    if a.numel() == b.numel() == 1:
+        a, b = a.reshape(()), b.reshape(())
+    if a.shape != b.shape:
+        yield name, f"shape {list(a.shape)}, not {list(b.shape)}"
+        return
+    lost = int((b.isfinite() & ~a.isfinite()).sum())
+    if lost:
+        yield name, f"{lost} of {a.numel()} not finite"
+        return
+    both = torch.maximum(a.abs(), b.abs())
+    # Where values lie below the smallest code that is normal, steps no longer shrink with them.
+    near = both * CODE_STEP + both.max() / 448 * SMALLEST * 2 if codes else both * BF16_STEP
+    beyond = (a - b).abs() > near
+    if beyond.any():
+        ratio = ((a - b).abs() / b.abs().clamp_min(float(b.abs().max()) * 1e-3)).max()
+        shown = (
+            f"{a.item():.3g}, not {b.item():.3g}" if a.numel() == 1 else f"{int(beyond.sum())} of {a.numel()} by up to {ratio:.2g}"
+        )
+        yield name, shown
+
+
+def losses(values: Values, dtypes: Mapping[str, str], source: Values, turned: Mapping[str, bool] | None) -> dict[str, Any]:
+    """{quantized weight: (relative RMS error against the source's, whether it is stored transposed)}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if dtypes[name] != "float8_e4m3fn" or name not in source:
+            continue
+        whole = source[name]
+        ways = (False, True) if turned is None else (turned.get(name, False),)
+        errors = {
+            way: float((value - right).norm() / right.norm())
+            for way in ways
+            if (right := whole.transpose(-1, -2) if way else whole).shape == value.shape
+        }
+        if errors:
+            way = min(errors, key=lambda w: errors[w])
+            found[name] = errors[way], way
+    return found
+
+
+# --- jobs ---
+
+
+class Session:
+    """The good export of the current jobs, and what the process needs."""
+
+    def __init__(self) -> None:
+        self.child = vllm_child()
+        self.paths = ("", "")
+        self.good: Any = None
+        self.source: Values = {}
+        self.losses: dict[str, Any] = {}
+        self.casts: frozenset[str] = frozenset()
+
+    def load(self, folder: str) -> tuple[Any, dict[str, Any]]:
+        loaded = self.child.load(folder)
+        found = None if loaded.model is None else computed(loaded.model, self.child)
+        del loaded.model
+        gc.collect()
+        return found, loaded.trace
+
+    def use(self, good: str, source: str) -> None:
+        if self.paths == (good, source):
+            return
+        self.good, trace = self.load(good)
+        assert self.good is not None, f"{good}: {trace['error']}"
+        again, _ = self.load(good)
+        assert not (noise := list(compare(self.good, again, False))), f"{good}: differs from itself: {noise}"
+        assert not (gaps := list(unwritten(trace))), f"{good}: nothing wrote {gaps}"
+        self.casts = frozenset(casts(trace))
+        if self.paths[1] != source:
+            (self.source, _, _), _ = self.load(source)
+        self.losses = losses(self.good[0], self.good[1], self.source, None)
+        self.paths = (good, source)
+
+    def run(self, job: Mapping[str, str]) -> dict[str, Any]:
+        self.use(job["good"], job["source"])
+        found, trace = self.load(job["folder"])
+        error = trace["error"]
+        said = {"error": error and f"{error['type']}: {error['message']}".replace(job["folder"], "FOLDER")[:240]}
+        evidence: dict[str, Any] = {**said, "differ": [], "kv_absent": False, "lost": []}
+        if error:
+            evidence["where"] = f"{trace['stage']}: {error['where'].partition(':')[0]}"
+        else:
+            evidence["kv_absent"] = absent = kv_absent(trace) and not self.kv_is_absent
+            evidence["differ"] = list(compare(self.good, found, absent))
+            turned = {name: way for name, (_, way) in self.losses.items()}
+            for name, (loss, _) in losses(found[0], found[1], self.source, turned).items():
+                if name in self.losses and not loss <= LOSS * self.losses[name][0]:
+                    evidence["lost"].append((name, f"error {loss:.3f}, not {self.losses[name][0]:.3f}"))
+        evidence["unwritten"] = list(unwritten(trace))
+        evidence["ignored"] = [key for key, seen in trace["keys"].items() if not seen["parameters"]]
+        evidence["unread"] = [key for key, seen in trace["keys"].items() if seen["parameters"] and seen["read"] < seen["elements"]]
+        evidence["casts"] = [cast for cast in casts(trace) if cast not in self.casts]
+        assert not trace["problems"], trace["problems"]
+        return {"name": job["name"], "label": label(evidence), **compact(evidence)}
+
+    @property
+    def kv_is_absent(self) -> bool:
+        """Whether the good export itself declares what it does not store."""
+        return all(float(v.max()) == 1.0 for name, v in self.good[0].items() if name.endswith("._k_scale"))
+
+
+def unwritten(trace: Mapping[str, Any]) -> Iterator[str]:
+    for name, parameter in trace["parameters"].items():
+        if not parameter["exempt"]:
+            yield from (f"{name} {part['part']}".strip() for part in parameter["missing"])
+
+
+def kv_absent(trace: Mapping[str, Any]) -> bool:
+    """FP8 is declared for the KV cache, and no layer's scale of keys or values was written."""
+    scales = [p for name, p in trace["parameters"].items() if name.endswith((".k_scale", ".v_scale")) and p["exempt"] == "kv scale"]
+    return bool(scales) and not any(p["written"] for p in scales) and trace["kv_cache_dtype"].startswith("fp8")
+
+
+def casts(trace: Mapping[str, Any]) -> list[str]:
+    """Stored tensors whose values the server's copy did not keep."""
+    return [
+        f"{key} {seen['dtype'].removeprefix('torch.')} -> {cast['to'].removeprefix('torch.')}"
+        for key, seen in trace["keys"].items()
+        for cast in seen["casts"]
+        if cast["changed"]
+    ]
+
+
+def compact(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is empty; of long lists the first entries and their number."""
+    kept: dict[str, Any] = {}
+    for key, value in evidence.items():
+        if isinstance(value, list) and value:
+            shown = [" ".join(entry) if isinstance(entry, tuple) else entry for entry in value[:SHOWN]]
+            kept[key] = [*shown, f"and {len(value) - SHOWN} more"] if len(value) > SHOWN else shown
+        elif value and not isinstance(value, list):
+            kept[key] = value
+    return kept
+
+
+def main(jobs: str, results: str) -> None:
+    prepare()
+    session = Session()
+    with Path(results).open("a", encoding="utf-8") as file:
+        for job in json.loads(Path(jobs).read_text(encoding="utf-8")):
+            file.write(json.dumps(session.run(job)) + "\n")
+            file.flush()
+    os._exit(0)  # the process group needs no goodbye
+
+
+if __name__ == "__main__":
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+    main(*sys.argv[1:])
