@@ -63,8 +63,12 @@ def validate_folder(
     if values:
         findings += _values(inventory, scope, talk, digests)
     findings += odd
-    if written:
-        findings += record.check(written, folder, main, digests)
+    if written and digests is None:
+        findings += record.check(written, folder, main, None)
+    elif written and digests is not None:
+        with talk.stage("record", len(digests), "tensors") as advance:
+            findings += record.check(written, folder, main, digests)
+            advance(len(digests))
     if source is not None and passthrough:
         findings += _passthrough(inventory, read_inventory(source), scope, talk)
     return group(findings)

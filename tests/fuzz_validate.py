@@ -3,14 +3,16 @@
     python tests/fuzz_validate.py 1200          # seconds; atheris (libFuzzer), guided by coverage
     python tests/fuzz_validate.py out/crash-1   # once more with an input that was kept
 
-An input is a line `BASE TARGET MODE`, and the content of the file that TARGET names. Every other input's mutation keeps it
-JSON: keys and values are changed, swapped, renamed; the rest are libFuzzer's own, of bytes. An input that ends in anything but
+An input is a line `BASE TARGET MODE`, and the content of the file that TARGET names. Three mutations of four keep it
+JSON: keys and values are changed, swapped, renamed; the rest are of bytes. An input that ends in anything but
 findings or a CkptqError, in text that a terminal would act on, or in more than SLOW seconds is kept, and the run goes on.
 tests/test_hostile.py runs the same `attack` on inputs that hypothesis makes.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -20,8 +22,9 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +108,13 @@ def first_weights(at: Path) -> bytes:
     return min(at.glob("*.safetensors")).read_bytes()
 
 
-def seeds(bases: Iterable[str]) -> Iterator[Attack]:
+@functools.cache
+def seeds(bases: tuple[str, ...]) -> tuple[Attack, ...]:
+    """Every target of every base as it is."""
+    return tuple(_seeds(bases))
+
+
+def _seeds(bases: tuple[str, ...]) -> Iterator[Attack]:
     for number, base in enumerate(bases):
         for target in TARGETS:
             content = good(base, target)
@@ -127,6 +136,25 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
     return json.dumps(root[0]).encode()
 
 
+def scrambled(content: bytes, rng: random.Random) -> bytes:
+    """One to four changes of bytes: other bits, cut out, doubled, put in."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at, width = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 8, 64, 1000))
+        piece = data[at : at + width]
+        new = (
+            b"",
+            piece + piece,
+            bytes(b ^ 1 << rng.randrange(8) for b in piece[:1]) + piece[1:],
+            rng.choice(
+                (b"\xff" * 8, b"\0", b"NaN", b"1e999", b"-0", b"9" * 5000, b"[" * 5000, b'{"a":' * 500, b'"\\ud800"', b'"\\u0000"')
+            ),
+            json.dumps(rng.choice(VALUES)).encode(),
+        )
+        data[at : at + width] = rng.choice(new)
+    return bytes(data)
+
+
 def _change(root: list[Any], rng: random.Random) -> None:
     at: Any = root
     key: Any = 0
@@ -137,21 +165,21 @@ def _change(root: list[Any], rng: random.Random) -> None:
     if kind == 0 and at is not root:
         del at[key]
     elif kind == 1 and isinstance(at, dict):
-        at[str(key) + rng.choice(SUFFIXES)] = at[key]
+        at[str(key) + rng.choice(SUFFIXES)] = copy.deepcopy(at[key])
     elif kind == 2 and isinstance(at, dict):
         value = at.pop(key)
         at[rng.choice((*KEYS, str(key).rpartition(".")[0] + rng.choice(SUFFIXES)))] = value
     elif kind == 3 and isinstance(at, dict):
-        at[rng.choice(KEYS)] = rng.choice(VALUES)
+        at[rng.choice(KEYS)] = copy.deepcopy(rng.choice(VALUES))
     elif kind == 4:
         other = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
         at[key], at[other] = at[other], at[key]
     elif kind == 5 and isinstance(at[key], list):
-        at[key] = [*at[key], *at[key], rng.choice(VALUES)]
+        at[key] = copy.deepcopy([*at[key], *at[key], rng.choice(VALUES)])
     elif kind == 5 and isinstance(at[key], int):
         at[key] = rng.choice((at[key] + 1, at[key] - 1, -at[key], at[key] * 2, at[key] << 40, str(at[key]), at[key] / 2))
     else:
-        at[key] = rng.choice(VALUES)
+        at[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 # --- what is run ---
@@ -235,7 +263,9 @@ def ask(attack: Attack, at: Path) -> Any:
     servers = list(SERVERS.values())
     tp, ep = (1, 1, 2, 3, 64)[attack.mode // 2 % 5], attack.mode % 7 == 1
     source = BASES[attack.base].source if attack.mode % 4 == 3 and attack.base in BASES else None
-    asked = Asked(str(source) if source else None, attack.mode % 2 == 1, server=servers[-1 - attack.mode % len(servers)], tp=tp, ep=ep)
+    asked = Asked(
+        str(source) if source else None, attack.mode % 2 == 1, server=servers[-1 - attack.mode % len(servers)], tp=tp, ep=ep
+    )
     try:
         findings = validate_folder(at, source=source, values=asked.values, server=asked.server, tp=tp, ep=ep)
     except CkptqError as problem:
@@ -247,7 +277,8 @@ def run(attack: Attack, room: Room) -> str:
     """Runs one attack. Returns how it ended; raises whatever is none of the ways in which it may end."""
     from ckptq import reports
 
-    with room.attacked(attack) as at:
+    with room.attacked(attack) as at, warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy's would reach the user
         outcome = ask(attack, at)
     assert outcome.exit_code in (0, 1, 2), outcome.refusal
     for format in ("json", "junit", "github"):
@@ -313,26 +344,22 @@ class Tally:
         print(f"kept {path}: {what}", file=sys.stderr, flush=True)
 
 
-def mutator(rng: Callable[[int], random.Random], mutate: Callable[[bytes, int], bytes]) -> Callable[[bytes, int, int], bytes]:
-    """libFuzzer's custom mutator: half of the mutations keep a file JSON; the first line changes now and then."""
-
-    def change(raw: bytes, limit: int, seed: int) -> bytes:
-        dice = rng(seed)
-        attack = read_attack(raw)
-        if attack is None:
-            return bytes(mutate(raw, limit))
-        mode = dice.randrange(140) if dice.random() < 0.3 else attack.mode
-        content = attack.content
-        if attack.target == "start":
-            length, rest = content[:8], content[8:]
-            content = bytes(mutate(content, limit - 80)) if dice.random() < 0.7 else length + mutated(rest, dice)
-        elif dice.random() < 0.75:
-            content = mutated(content, dice)
-        else:
-            content = bytes(mutate(content, limit - 80))
-        return Attack(attack.base, attack.target, mode, content).raw()[:limit]
-
-    return change
+def changed(raw: bytes, limit: int, seed: int) -> bytes:
+    """libFuzzer's custom mutator: most mutations keep a file JSON; the first line changes now and then."""
+    rng = random.Random(seed)
+    attack = read_attack(raw)
+    if attack is None or rng.random() < 0.1:
+        attack = rng.choice(seeds(SEEDS))
+    mode = rng.randrange(140) if rng.random() < 0.3 else attack.mode
+    content = attack.content
+    if rng.random() < 0.25:
+        content = scrambled(content, rng)
+    elif attack.target == "start":
+        raw_header = mutated(content[8:], rng)
+        content = (len(raw_header).to_bytes(8, "little") if rng.random() < 0.8 else content[:8]) + raw_header
+    else:
+        content = mutated(content, rng)
+    return Attack(attack.base, attack.target, mode, content).raw()[:limit]
 
 
 def fuzz(seconds: int, out: Path) -> None:
@@ -358,8 +385,15 @@ def fuzz(seconds: int, out: Path) -> None:
             if attack is not None:
                 tally.run(attack, room)
 
-        arguments = [sys.argv[0], f"-max_len={1 << 17}", "-timeout=60", "-rss_limit_mb=3000", f"-artifact_prefix={out}/", str(corpus)]
-        atheris.Setup(arguments, one, custom_mutator=mutator(random.Random, atheris.Mutate))
+        arguments = [
+            sys.argv[0],
+            f"-max_len={1 << 17}",
+            "-timeout=60",
+            "-rss_limit_mb=3000",
+            f"-artifact_prefix={out}/",
+            str(corpus),
+        ]
+        atheris.Setup(arguments, one, custom_mutator=changed)
         atheris.Fuzz()
 
 
@@ -375,7 +409,7 @@ def _end(tally: Tally, took: float, room: Room) -> None:
     os._exit(bool(tally.crashes))  # libFuzzer has no other end from inside
 
 
-def main(arguments: Mapping[int, str] | list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     what = arguments[0]
     if what.isdecimal():
         fuzz(int(what), Path(arguments[1] if len(arguments) > 1 else "out/fuzz"))

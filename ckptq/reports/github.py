@@ -41,11 +41,11 @@ def _annotations(outcome: Outcome, severity: Severity) -> list[str]:
 
 def _annotation(level: str, f: Finding, checkpoint: str) -> str:
     many = f" ({f.count} places)" if f.count > 1 else ""
-    rest = (f"{label}: {getattr(f, label)}" for label in ("expected", "found", "effect", "mend"))
+    rest = (f"{label}: {printable(getattr(f, label), lines=True)}" for label in ("expected", "found", "effect", "mend"))
     said = "\n".join((f"{printable(f.subject)}{many}", *rest))
     file = _FILE.match(f.subject)
     where = {"file": f"{checkpoint.rstrip('/')}/{file[0]}"} if file else {}
-    return command(level, printable(said, lines=True), title=f.code, **{k: printable(v) for k, v in where.items()})
+    return command(level, said, title=printable(f.code), **{k: printable(v) for k, v in where.items()})
 
 
 def command(name: str, message: str, **properties: str) -> str:

@@ -22,7 +22,7 @@ _SHOWN = 50
 _COLORS = {"error": "bold red", "warning": "bold yellow", "FAILED": "bold red", "OK": "bold green"}
 _LABEL = 15
 _GROUPS = {
-    "values": "numbers",
+    "values": "values",
     "record": "changes since it was made",
     "passthrough": "the source",
     "parallel": "several GPUs",
@@ -56,11 +56,10 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
     asked = outcome.asked
-    parallel = (f", tensor parallel {asked.tp}" if asked.tp > 1 else "") + (", expert parallel" if asked.ep else "")
-    yield "rules", f"{rules(asked.server)}{parallel}"
+    yield "rules", rules(asked.server)
     if outcome.built:
         yield "method", _method(outcome.built)
-    yield "checked", ", ".join(f"{c.what} ({amount(c.amount, c.unit)})" for c in outcome.checked) or "nothing"
+    yield "checked", ", ".join(_checked(outcome)) or "nothing"
     if missing := skipped(outcome):
         yield "unchecked", ", ".join(f"{_GROUPS[group]} ({why.removeprefix('needs ')})" for group, why in missing.items())
     served = outcome.served or {}
@@ -71,6 +70,17 @@ def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
             yield "", f"and goes on from the prompt with {served['text']!r}"
     if outcome.ok:
         yield "next", next_command(outcome)
+
+
+def _checked(outcome: Outcome) -> Iterator[str]:
+    """Stages with what they looked at, then the checks that are no stages."""
+    for c in outcome.checked:
+        yield f"{_GROUPS.get(c.what, c.what)} ({amount(c.amount, c.unit)})"
+    asked = outcome.asked
+    if asked.tp > 1 or asked.ep:
+        yield f"{_GROUPS['parallel']} ({' '.join([f'--tp {asked.tp}', *(['--ep'] if asked.ep else [])])})"
+    if asked.load:
+        yield _GROUPS["server"]
 
 
 def _method(built: Mapping[str, Any]) -> str:

@@ -167,13 +167,14 @@ def all_scopes() -> Iterator[Scope]:
 
 def find_scope(config: Mapping[str, Any]) -> Scope:
     """The scope for a config.json. Raises UnsupportedError naming the architecture and those that are known."""
-    wanted = config.get("architectures") or []
+    said = config.get("architectures")
+    wanted = said if isinstance(said, list) else []
     scopes = list(all_scopes())
     for scope in scopes:
         if any(name in scope.architectures for name in wanted):
             return scope
     known = ", ".join(sorted(name for scope in scopes for name in scope.architectures))
     raise UnsupportedError(
-        f"config.json: no scope for architectures {list(wanted)}; known: {known}",
+        f"config.json: no scope for architectures {wanted!r:.200}; known: {known}",
         hint="a scope is one data file in ckptq/scopes; CONTRIBUTING.md says how to add one",
     )

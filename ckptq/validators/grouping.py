@@ -23,8 +23,9 @@ _FIRST = " (in the first)"
 # Nine digits: int() refuses to read thousands, and a number with a leading zero is no number but part of a name.
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,8})(?=\.|$)", re.ASCII)
 _FIGURE = re.compile(r"\d[\d.]*(?:e[+-]?\d+)?", re.ASCII)
-_HOLE = "\0"
 Place = tuple[int, ...]
+Pieces = tuple[str, ...]
+"""What stands around the numbers of a name: one more than there are numbers."""
 
 
 @dataclass(slots=True)
@@ -46,47 +47,40 @@ def group(findings: Iterable[Finding]) -> list[Finding]:
     Where the places differ in what was found, the first one's is shown, and the text says so. Braces multiply: `{0,1}.x.{2,3}`
     stands for four places, and sets of places that are no such product become names side by side.
     """
-    faults: dict[tuple[str, ...], _Fault] = {}
+    faults: dict[tuple[Pieces, tuple[str, ...]], _Fault] = {}
     for finding in findings:
-        template, place = _template(finding.subject)
-        key = (finding.code, finding.severity, template, finding.expected, finding.effect, finding.mend)
+        pieces, place = _split(finding.subject)
+        key = pieces, (finding.code, finding.severity, finding.expected, finding.effect, finding.mend)
         fault = faults.get(key)
         if fault is None:
             fault = faults[key] = _Fault(finding)
         fault.add(finding, place)
-    stories: dict[tuple[str, ...], list[tuple[str, _Fault]]] = {}
-    for (code, severity, template, *said), fault in faults.items():
+    stories: dict[tuple[str, ...], list[tuple[Pieces, _Fault]]] = {}
+    for (pieces, said), fault in faults.items():
         story = _FIGURE.sub("#", fault.first.found.removesuffix(_FIRST))
-        stories.setdefault((code, severity, *said, story), []).append((template, fault))
+        stories.setdefault((*said, story), []).append((pieces, fault))
     return sorted((_join(same) for same in stories.values()), key=lambda f: f.severity != "error")
 
 
-def _template(subject: str) -> tuple[str, Place]:
-    """`layers.3.experts.17.w` -> (`layers.#.experts.#.w`, (3, 17)), with a character that no name has for `#`."""
-    numbers: list[int] = []
-
-    def hole(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return _HOLE
-
-    return _NUMBER.sub(hole, subject), tuple(numbers)
+def _split(subject: str) -> tuple[Pieces, Place]:
+    """`layers.3.experts.17.w` -> ((`layers.`, `.experts.`, `.w`), (3, 17))."""
+    return tuple(_NUMBER.split(subject)), tuple(int(number) for number in _NUMBER.findall(subject))
 
 
-def _join(same: Sequence[tuple[str, _Fault]]) -> Finding:
+def _join(same: Sequence[tuple[Pieces, _Fault]]) -> Finding:
     first = same[0][1].first
     count = sum(fault.count for _, fault in same)
     if count == first.count:
         return first
     differ = any(fault.differ or fault.first.found != first.found for _, fault in same) and not first.found.endswith(_FIRST)
-    names = [name for template, fault in same for name in _names(template, list(fault.places))]
+    names = [name for pieces, fault in same for name in _names(pieces, list(fault.places))]
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
     return dataclasses.replace(
         first, subject=", ".join(names[:_NAMES]) + more, found=first.found + (_FIRST if differ else ""), count=count
     )
 
 
-def _names(template: str, places: Sequence[Place]) -> Iterator[str]:
-    pieces = template.split(_HOLE)
+def _names(pieces: Pieces, places: Sequence[Place]) -> Iterator[str]:
     for product in _products(places):
         runs = [_runs(numbers) for numbers in product]
         yield pieces[0] + "".join(run + piece for run, piece in zip(runs, pieces[1:], strict=True))

@@ -51,7 +51,9 @@ class Likeness:
             self._left -= 1
             there = _tile(self._original, other)
             factor = (_factor(values, there) if coded is not None and len(coded.scales) == 1 else 1.0) or 1.0
-            if _close(values * np.float32(factor), there, steps * np.float32(factor)) and self._is(tensor, other, coded, factor):
+            with np.errstate(all="ignore"):
+                scaled = values * np.float32(factor), steps * np.float32(factor)
+            if _close(scaled[0], there, scaled[1]) and self._is(tensor, other, coded, factor):
                 under = f" under a scale {1 / factor:.4g} times what it needs" if not 0.99 < factor < 1.01 else ""
                 return f"; it is {other.spec.name} of the source{under}"
         return ""
@@ -65,7 +67,8 @@ class Likeness:
             return values, np.zeros_like(values)
         down, across = (np.arange(n) for n in values.shape)
         steps = coded.table[down // coded.grid.high][:, across // coded.grid.wide]
-        return values * steps, steps
+        with np.errstate(all="ignore"):
+            return values * steps, steps
 
     def _is(self, tensor: SourceTensor, other: SourceTensor, coded: Coded | None, factor: float) -> bool:
         ours, theirs = (self._reader, tensor), (self._original, other)
@@ -96,7 +99,7 @@ def _close(values: F32, wanted: F32, steps: F32) -> bool:
     """Whether the values are the wanted ones, up to FP8's rounding under scales `steps`, or exactly where they are zero."""
     import numpy as np
 
-    if values.shape != wanted.shape:
+    if values.shape != wanted.shape or not np.isfinite(wanted).all():
         return False
     with np.errstate(all="ignore"):
         coded = steps > 0
@@ -109,7 +112,8 @@ def _is_turned(values: F32, wanted: F32, steps: F32) -> bool:
     import numpy as np
 
     with np.errstate(all="ignore"):
-        return _close(values.T, wanted, steps.T) or _close(values.T / steps.T * steps, wanted, steps)
+        turned = _close(values.T, wanted, steps.T) or _close(values.T / steps.T * steps, wanted, steps)
+        return turned and not _close(values, wanted, steps)
 
 
 def _factor(values: F32, wanted: F32) -> float:

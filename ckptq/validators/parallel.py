@@ -8,7 +8,7 @@ be cut. A vocabulary that does not divide is padded to a multiple of 64 first, a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -105,7 +105,7 @@ def check(
     yield from _experts(scope, text, tp, ep)
     if not tower_data_parallel:
         yield from _tower_heads(scope, config, tp)
-    splits = _splits(scope)
+    split_for = split_of(scope)
     seen: set[tuple[str, int]] = set()
     for linear, form in built:
         sizes = [shape for shard in linear.shards if (shape := _matrix(shapes.get(shard))) is not None]
@@ -118,7 +118,7 @@ def check(
                 yield from _expert_blocks(linear, form, sizes, 1 if ep else tp, server)
             continue
         whole = linear.part == "tower" and tower_data_parallel
-        split = "none" if whole else splits.get(_template(linear.prefix), "none")
+        split = "none" if whole else split_for(linear)
         yield from _linear(
             _Cut(linear, form, split, 1 if split == "none" else tp, server), sizes, _head_counts(scope, config, linear)
         )
@@ -298,17 +298,13 @@ def _head_counts(scope: Scope, config: Mapping[str, Any], linear: ServerLinear) 
     return (heads, kv) if heads is not None and kv is not None else None
 
 
-def _splits(scope: Scope) -> dict[str, Split]:
-    """{the server's name of a linear, with `{i}` for the number of its layer or block: how it is shared out}."""
+def split_of(scope: Scope) -> Callable[[ServerLinear], Split]:
+    """How each linear is shared out; "none" for those that the scope does not name: heads, experts."""
     layers = (*scope.linears, *(scope.experts.linears if scope.experts else ()))
     found: dict[str, Split] = {f"{scope.server_layers}.{{i}}.{fused.runtime}": fused.split for fused in layers}
     for tower in scope.towers:
         found |= {server_name(f"{tower.prefix}.{fused.runtime}", scope): fused.split for fused in tower.linears}
-    return found
-
-
-def _template(prefix: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "{i}", prefix, count=1)
+    return lambda linear: found.get(re.sub(r"(?<=\.)\d+(?=\.)", "{i}", linear.prefix, count=1), "none")
 
 
 def _matrix(shape: tuple[int, ...] | None) -> tuple[int, int] | None:

@@ -185,8 +185,8 @@ def _look_at_part(
             total.update(piece)
         count = full < COUNTED or full % COUNTED == 0
         seen.append(_look_at(piece, tensor, scratch, count))
-        full += seen[-1].top >= LARGEST
-        counted += count and seen[-1].top >= LARGEST
+        full += seen[-1].top >= LARGEST - 1
+        counted += count and seen[-1].top >= LARGEST - 1
     joined = _merged(seen)
     if counted < full:
         joined = _replaced_counts(joined, full / counted)
@@ -207,7 +207,7 @@ def _look_at(piece: memoryview, tensor: SourceTensor, scratch: Bytes, count: boo
     positive, high = int(unsigned.view(f"<i{bits // 8}").max()), int(unsigned.max())
     top = max(positive, high - sign, 0)
     low = int(unsigned.min()) if scale_kind(tensor.spec.name) else 0
-    if bits > 8 or top < LARGEST or not count or tensor.spec.dtype != "F8_E4M3":
+    if bits > 8 or top < LARGEST - 1 or not count or tensor.spec.dtype != "F8_E4M3":
         return Seen(top, low, high >= sign)
     codes, equal = scratch[: len(piece)], scratch[CHUNK : CHUNK + len(piece)].view(np.bool_)
     np.bitwise_and(unsigned, 0x7F, out=codes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,26 +16,24 @@ CODES = {
     "passthrough.sidecar": Code("a file that came along, changed"),
 }
 GENERATED = ("hf_quant_config.json", "ckptq.json", "generation_config.json")
-# Files that stand for one another: with one of a kind there, a server starts.
-KINDS = (
+# Files that stand for one another, and those that are of no use beside one of them. What a folder lacks, transformers takes from
+# another of its kind, and writes some anew under another name when it saves.
+KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
-        "tokenizer.json",
-        "tokenizer.model",
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "tekken.json",
+        ("tokenizer.json", "tokenizer.model", "tekken.json"),
+        ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     ),
-    ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    ("chat_template.json", "chat_template.jinja"),
+    (("preprocessor_config.json", "processor_config.json"), ("video_preprocessor_config.json",)),
+    (("chat_template.jinja", "chat_template.json"), ()),
 )
-NEEDED = ("tokenizer.json", "tokenizer.model", "vocab.json", "preprocessor_config.json", "processor_config.json", "tekken.json")
+NEEDED = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "preprocessor_config.json", "processor_config.json")
 """Without these, or another of their kind, a server does not start."""
-NOTES = ("transformers_version", "_name_or_path", "use_cache", "_attn_implementation_autoset")
-"""Keys of config.json that change no answer: transformers writes them anew when it saves."""
-DTYPES = ("torch_dtype", "dtype")
-"""Two names of one key, which may be left out: vLLM then serves in the dtype of the weights."""
+NOTES = re.compile(
+    r"transformers_version|_name_or_path|use_cache|initializer_range|.*_dropout|output_.*|.*_loss_coef|_attn_implementation.*"
+)
+"""Keys of config.json that change no answer of a server: they are about training, or about who saved the file."""
+ALIASES = {"torch_dtype": "dtype", "num_local_experts": "num_experts"}
+"""Keys that transformers 5 writes under another name than 4: configuration_utils.py attribute_map."""
 
 
 def check(output: Inventory, source: Inventory) -> Iterator[Finding]:
@@ -45,9 +44,9 @@ def check(output: Inventory, source: Inventory) -> Iterator[Finding]:
         if name in GENERATED or digest.is_document(name):
             continue
         if name not in there:
-            kind = next((k for k in KINDS if name in k), ())
-            if not there & set(kind):
-                yield _missing(name)
+            whole, parts = next((kind for kind in KINDS if name in (*kind[0], *kind[1])), ((), ()))
+            if not there & {*whole}:
+                yield _missing(name, replaced=bool(there & {*parts}))
         elif digest.of_files(output.root, [name]) != digest.of_files(source.root, [name]):
             yield warning(
                 "passthrough.sidecar", name, "the source's file", "another content",
@@ -56,8 +55,8 @@ def check(output: Inventory, source: Inventory) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _missing(name: str) -> Finding:
-    needed = name in NEEDED
+def _missing(name: str, *, replaced: bool) -> Finding:
+    needed = name in NEEDED and not replaced
     return (error if needed else warning)(
         "passthrough.sidecar-missing", name, "the source's file", "absent",
         "vLLM does not start without one" if needed else "vLLM starts, and does without what it says", "copy it from the source",
@@ -65,15 +64,17 @@ def _missing(name: str) -> Finding:
 
 
 def _config_findings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
-    """A value that changed is an error. A key that came or went is a warning: transformers adds and drops defaults."""
+    """A value that changed is an error, another dtype to serve in a warning, and so is a key that came or went.
+
+    transformers adds defaults when it saves: a key that came with null, false or 0 says nothing new, and a dtype may be left out.
+    """
     after, before = (_leaves({k: v for k, v in c.items() if k != "quantization_config"}) for c in (ours, theirs))
     for key in sorted(after.keys() | before.keys()):
-        if key in after and key in before and after[key] == before[key]:
+        leaf, new, old = key.rpartition(".")[2], after.get(key), before.get(key)
+        if NOTES.fullmatch(leaf) or new == old or (leaf == "dtype" and None in (new, old)) or (key not in before and not new):
             continue
-        leaf, both = key.rpartition(".")[2], key in after and key in before
-        if leaf in NOTES or (leaf in DTYPES and not both):
-            continue
-        yield (error if both and leaf not in DTYPES else warning)(
+        changed = key in after and key in before and leaf != "dtype"
+        yield (error if changed else warning)(
             "passthrough.config", f"config.json: {key}", _shown(before, key), _shown(after, key),
             "vLLM builds the model from it: only quantization_config may be added", "take the rest of config.json over",
         )  # fmt: skip
@@ -87,5 +88,6 @@ def _leaves(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     """{dotted key: value} of everything in nested objects that is no object itself; an empty one counts as a value."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= _leaves(value, f"{at}{key}.") if isinstance(value, Mapping) and value else {f"{at}{key}": value}
+        place = f"{at}{ALIASES.get(key, key)}"
+        found |= _leaves(value, f"{place}.") if isinstance(value, Mapping) and value else {place: value}
     return found

@@ -56,11 +56,12 @@ class _Pass:
     codes: dict[str, tuple[SourceTensor, Seen]]
 
     def one(self, name: str) -> float | None:
-        """The value of a scale that has one."""
+        """The value of a scale that has one, and that is finite."""
         tensor, seen = self.scales.get(name, (None, None))
         if tensor is None or seen is None or tensor.spec.numel != 1:
             return None
-        return as_float(seen.low, tensor.spec.dtype)
+        value = as_float(seen.low, tensor.spec.dtype)
+        return value if math.isfinite(value) else None
 
 
 def check(
@@ -240,7 +241,7 @@ def _group_findings(linear: ServerLinear, found: _Pass) -> Iterator[Finding]:
         if linear.part == "experts" and kind == "input_scale":
             continue
         values = [v for m in linear.shards if (v := found.one(f"{m}.{kind}")) is not None]
-        if len(set(values)) > 1 and all(math.isfinite(v) and v > 0 for v in values):
+        if len(set(values)) > 1 and all(v > 0 for v in values):
             yield warning(
                 f"values.{kind.replace('_', '-')}-split", _braced(linear.shards, kind),
                 "one value for the fused linear", f"values from {min(values):g} to {max(values):g}", effect, mend,
@@ -288,4 +289,4 @@ def _inputs(shards: Sequence[str], found: _Pass, component: Component) -> list[f
     """The input scales of one expert's shards in the order of loading, which is that of files and, in a file, of names."""
     names = [n for m in shards if (n := f"{m}.input_scale") in found.scales]
     values = [found.one(n) for n in sorted(names, key=lambda n: (component.tensors[n].file, n))]
-    return [v for v in values if v is not None and math.isfinite(v) and v > 0]
+    return [v for v in values if v is not None and v > 0]

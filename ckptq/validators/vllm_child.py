@@ -28,10 +28,12 @@ The trace, as JSON:
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -124,8 +126,8 @@ def _new_trace() -> dict[str, Any]:
 
     return {
         "version": vllm.__version__, "platform": current_platform.device_type, "architecture": "", "quantization": None,
-        "kv_cache_dtype": "", "stage": "config", "error": None, "seconds": {}, "kernels": {}, "stand_ins": [], "problems": [], "prefixes": {},
-        "keys": {}, "parameters": {}, "generated": None,
+        "kv_cache_dtype": "", "stage": "config", "error": None, "seconds": {}, "kernels": {}, "stand_ins": [],
+        "problems": [], "prefixes": {}, "keys": {}, "parameters": {}, "generated": None,
     }  # fmt: skip
 
 
@@ -223,8 +225,9 @@ def _distributed(config: Any) -> None:
         destroy_model_parallel()  # those of a model without experts lack the expert parallel group
     if current_platform.is_cuda_alike():
         torch.accelerator.set_device_index(0)
-    file = Path(tempfile.mkdtemp(prefix="ckptq-")) / "group"
-    init_distributed_environment(1, 0, f"file://{file}", 0, "gloo" if current_platform.is_cpu() else "nccl")
+    folder = tempfile.mkdtemp(prefix="ckptq-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # where main ends, the whole TMPDIR goes
+    init_distributed_environment(1, 0, f"file://{folder}/group", 0, "gloo" if current_platform.is_cpu() else "nccl")
     initialize_model_parallel(1, 1)
 
 

@@ -1,43 +1,125 @@
-# --- from the trace to findings ---
+"""What the real vLLM made of a checkpoint, as findings: from the trace of vllm_child.py, and of its death where there is none.
+
+vLLM checks none of it for a quantized checkpoint (0.32.0 model_executor/model_loader/default_loader.py load_weights: whether all
+parameters were loaded is asked for unquantized ones alone, and by whole parameters).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators.vllm_parts import KV_SCALE
+
+_LOADER = "vLLM 0.32.0 model_executor/"
+CODES = {
+    "server.failed": Code("vLLM stopped with an error"),
+    "server.timeout": Code("vLLM did not end within the time limit"),
+    "server.ignored-key": Code(
+        "vLLM's loader never read a stored tensor", _LOADER + "models/utils.py AutoWeightsLoader._load_module"
+    ),
+    "server.unwritten": Code(
+        "nothing wrote a parameter of vLLM's, or a part of it",
+        _LOADER + "model_loader/default_loader.py DefaultModelLoader.load_weights",
+    ),
+    "server.truncated": Code("vLLM's loader left a part of a stored tensor out", _LOADER + "parameter.py _ColumnvLLMParameter"),
+    "server.lossy-cast": Code(
+        "vLLM's loader copied values into a dtype that changes them", _LOADER + "models/utils.py AutoWeightsLoader._load_param"
+    ),
+    "server.no-kernel": Code("this machine's vLLM can load the format but not compute with it"),
+    "server.not-finite": Code("a log-probability is NaN or infinite where it can't be"),
+    "server.no-distribution": Code("probabilities of different tokens sum to more than one"),
+    "server.flat": Code("every token is as likely as any other, at every position"),
+    "server.constant": Code("one token is the likeliest after every word of a text"),
+    "server.worse-than-chance": Code("a plain English text is less likely than tokens drawn at random"),
+    "server.blind": Code("two different images give the same log-probabilities"),
+}
+
+_LINES = 12
+"""Lines of the server's stderr that a finding shows."""
+_FLAT = 0.01
+"""Nats: log-probabilities of all likeliest tokens this close to -ln(vocabulary) say that the logits are constant."""
+_SAME = 1e-6
+"""Nats: a first token's log-probabilities from two images that differ by less come from a tower that sees neither."""
+_SUM = 1.001
+"""Float32 log-probabilities of 20 tokens sum to no more than this."""
+_CHANCE = 2.0
+"""Nats a token: untrained models are some tenths worse than chance; what is worse by this is confident of what is wrong."""
+
+_LOADED = ("process", "engine", "generate", "done")
+_DOING = {
+    "config": "reading the config", "create": "building the model", "load": "loading the weights",
+    "process": "processing the loaded weights", "engine": "starting the engine", "generate": "generating",
+}  # fmt: skip
+_FIRST_MEND = "mend the other findings first; without any, the fault may lie with this vLLM, its settings or too little memory"
 
 
-def _findings(trace: Mapping[str, Any], folder: Path, stored: Sequence[str]) -> Iterator[Finding]:
+def timed_out(name: str, timeout: float, said: str) -> Finding:
+    """`said`: what the process wrote, as far as it is kept."""
+    return error(
+        "server.timeout", name, "vLLM loads the checkpoint", f"not within {timeout:g} s; it said last:\n{_last(said)}",
+        "nobody knows whether it can be served", "look at what it waits for; a slow disk or a first compilation may need a longer limit",
+    )  # fmt: skip
+
+
+def died(name: str, code: int, said: str) -> Finding:
+    """`code`: the process's return code, negative for a signal."""
+    ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+    found = f"{ended}; it said last:\n{_last(said)}"
+    return error("server.failed", name, "vLLM loads the checkpoint", found, "it can't be served", _FIRST_MEND)
+
+
+def _last(said: str) -> str:
+    return "\n".join([line for line in said.splitlines() if line.strip()][-_LINES:])
+
+
+def findings(trace: Mapping[str, Any], name: str, stored: Sequence[str]) -> Iterator[Finding]:
+    """`name` of the checkpoint; `stored`: names of its tensors, as its headers have them."""
     if trace["error"]:
-        yield _stopped(trace, folder)
+        yield _stopped(trace, name)
     if trace["stage"] in _LOADED:
         names = _Names(trace)
         yield from _ignored(trace, stored)
         yield from _unwritten(trace, names)
-        yield from _kv_scales(trace)
+        yield from _kv_scales(trace, names)
         yield from _truncated(trace)
         yield from _casts(trace)
     if trace["generated"]:
-        yield from _answers(trace["generated"])
+        yield from answers(trace["generated"])
 
 
-def _stopped(trace: Mapping[str, Any], folder: Path) -> Finding:
+def _stopped(trace: Mapping[str, Any], name: str) -> Finding:
     problem, stage = trace["error"], trace["stage"]
-    message = _last(problem["message"]) or problem["where"]
-    found = f"{problem['type']} while {_DOING[stage]}: {message}"
-    lacking = [name for name in trace["stand_ins"] if name != "scaled_fp8_quant"]
+    message = f": {_last(problem['message'])}" if problem["message"].strip() else ""
+    found = f"{problem['type']} while {_DOING[stage]}{message}"
+    lacking = [kernel for kernel in trace["stand_ins"] if kernel != "scaled_fp8_quant"]
     if stage in ("engine", "generate") and lacking:
         return warning(
-            "server.no-kernel", folder.name, "vLLM generates", found,
+            "server.no-kernel", name, "vLLM generates", found,
             f"loaded and looked at, but vLLM on this machine ({trace['platform']}) has no kernel for it: {', '.join(lacking)}",
             "generate on the machine that will serve it",
         )  # fmt: skip
     return error(
-        "server.failed", folder.name, "vLLM loads the checkpoint" if stage != "generate" else "vLLM generates",
+        "server.failed", name, "vLLM loads the checkpoint" if stage != "generate" else "vLLM generates",
         f"{found}\nat {problem['where']}", "it can't be served",
-        "mend the other findings first; without any, the fault may lie with this vLLM or its settings",
+        _FIRST_MEND,
     )  # fmt: skip
 
 
 class _Names:
-    """The checkpoint's name of a parameter, learned from the keys that were loaded: they differ in front of the layer's number."""
+    """The checkpoint's name of a parameter, learned from the keys that were loaded: they differ in front of the layer's number.
+
+    Where none of the kind was, the server's own list of prefixes is read backwards.
+    """
 
     def __init__(self, trace: Mapping[str, Any]) -> None:
         self.fronts: dict[str, str] = {}
+        self.prefixes: list[tuple[str, str]] = sorted(
+            ((new, old) for old, new in trace["prefixes"].items()), key=lambda p: -len(p[0])
+        )
         for key, entry in trace["keys"].items():
             for parameter in entry["parameters"]:
                 self.fronts.setdefault(_front(parameter), _front(key))
@@ -45,13 +127,20 @@ class _Names:
     def of(self, parameter: str, part: str) -> str:
         """`part` takes the place of the fused linear's name; an expert's comes behind `experts`."""
         front = _front(parameter)
-        name = self.fronts.get(front, front) + parameter[len(front) :]
+        known = front in self.fronts
+        name = self.fronts[front] + parameter[len(front) :] if known else self._mapped(parameter)
         owner, _, leaf = name.rpartition(".")
         if not part:
             return name
         if "." in part:
             return f"{owner.removesuffix('.routed_experts')}.{part}.{re.sub('^w13_|^w2_', '', leaf)}"
         return f"{owner.rpartition('.')[0]}.{part}.{leaf}"
+
+    def _mapped(self, parameter: str) -> str:
+        for new, old in self.prefixes:
+            if parameter.startswith(new):
+                return old + parameter.removeprefix(new)
+        return parameter
 
 
 def _front(name: str) -> str:
@@ -61,18 +150,18 @@ def _front(name: str) -> str:
 
 
 def _ignored(trace: Mapping[str, Any], stored: Sequence[str]) -> Iterator[Finding]:
-    cache = _fp8_cache(trace)
+    cache = any(p.get("cache", "").startswith("fp8") for p in trace["parameters"].values())
     for key in dict.fromkeys([*trace["keys"], *stored]):
         entry = trace["keys"].get(key)
         if entry is not None and (entry["read"] or not entry["elements"]):
-            unused = [p for p in entry["parameters"] if trace["parameters"][p].get("cache", "fp8").startswith("fp8") is False]
+            unused = [p for p in entry["parameters"] if not trace["parameters"][p].get("cache", "fp8").startswith("fp8")]
             if unused and key.endswith(("k_scale", "v_scale", "kv_scale")):
                 yield warning(
                     "server.ignored-key", key, "an FP8 KV cache, which it is for", f"a KV cache of dtype {trace['kv_cache_dtype']}",
                     "the scale is loaded and not used", "declare the FP8 KV cache in config.json, or leave the scales out",
                 )  # fmt: skip
             continue
-        judged = _judge_ignored(key, cache, tied="lm_head.weight" not in trace["parameters"])
+        judged = _judge_ignored(key, cache, tied=not any(p.endswith("lm_head.weight") for p in trace["parameters"]))
         if judged is not None:
             severity, effect = judged
             yield severity(
@@ -100,10 +189,6 @@ def _judge_ignored(key: str, cache: bool, *, tied: bool) -> tuple[Any, str] | No
     return error, "the server answers without it"
 
 
-def _fp8_cache(trace: Mapping[str, Any]) -> bool:
-    return any(p.get("cache", "").startswith("fp8") for p in trace["parameters"].values())
-
-
 def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
     for name, parameter in trace["parameters"].items():
         if parameter["exempt"]:
@@ -112,15 +197,27 @@ def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
         for missing in parameter["missing"]:
             whole = missing["elements"] == missing["of"]
             first, end = missing["rows"]
-            found = "nothing" if whole else f"{missing['elements']} of {missing['of']} elements, in rows {first}..{end - 1}, got nothing"
+            found = (
+                "nothing"
+                if whole
+                else f"{missing['elements']} of {missing['of']} elements, in rows {first}..{end - 1}, got nothing"
+            )
             if missing["part"]:
                 found += f", for its part of the server's {'.'.join(name.split('.')[-2:])}"
             # Of a fused linear the largest is taken, and they are most often equal: process_weights_after_loading.
             rest = leaf == "input_scale" and 0 < parameter["written"]
             yield (warning if rest else error)(
                 "server.unwritten", names.of(name, missing["part"]), "a value for every element of the server's parameter", found,
-                "the largest of the others is taken" if rest else _left(leaf), "store the tensor under this name, with the full shape",
+                "the largest of the others is taken" if rest else _left(leaf), _store(leaf),
             )  # fmt: skip
+
+
+def _store(leaf: str) -> str:
+    if "scale" in leaf:
+        return (
+            "store the scale under this name, or a linear that isn't quantized in the config's exclude list as the server reads it"
+        )
+    return "store the tensor under this name, with the full shape"
 
 
 def _left(leaf: str) -> str:
@@ -130,7 +227,7 @@ def _left(leaf: str) -> str:
     return "it stays memory as it was: arbitrary numbers or NaN"
 
 
-def _kv_scales(trace: Mapping[str, Any]) -> Iterator[Finding]:
+def _kv_scales(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
     """Of an FP8 KV cache: all missing is what ModelOpt writes without calibration (1.0 is used), some is a fault (kv_cache.py)."""
     scales = {
         name: parameter["written"]
@@ -141,7 +238,7 @@ def _kv_scales(trace: Mapping[str, Any]) -> Iterator[Finding]:
     for name, written in scales.items():
         if not written:
             yield (error if some else warning)(
-                "server.unwritten", name, "a scale for the FP8 KV cache", "nothing, and others have one" if some else "nothing",
+                "server.unwritten", names.of(name, ""), "a scale for the FP8 KV cache", "nothing, and others have one" if some else "nothing",
                 "the other one's or 1.0 is taken, or the server stops" if some else "1.0 is taken",
                 "store k_scale and v_scale for every layer",
             )  # fmt: skip
@@ -196,33 +293,46 @@ def _cast_effect(before: str, after: str) -> str:
 # --- what it answered ---
 
 
-def _answers(generated: Mapping[str, Any]) -> Iterator[Finding]:
-    yield from judge([[*place.values()] for place in generated["logprobs"]], generated["vocabulary"])
-    images = generated["images"]
-    broken = False
-    for image in images:
-        found = [*judge([[*place.values()] for place in image["logprobs"]], generated["vocabulary"], "log-probabilities after an image")]
-        yield from found if not broken else ()
-        broken = broken or bool(found)
-    if len(images) == 2 and not broken and _same(images[0]["logprobs"][0], images[1]["logprobs"][0]):
+def answers(generated: Mapping[str, Any]) -> Iterator[Finding]:
+    """Findings on what vllm_generate.py returned. Of two that say the same of text or images the first."""
+    vocabulary = generated["vocabulary"]
+    of_text = [*judge(_values(generated["logprobs"]), vocabulary)] or [*_of_prompt(generated)]
+    yield from of_text
+    looks = [_values(image["logprobs"]) for image in generated["images"]]
+    of_images = (
+        [*judge([place for places in looks for place in places], vocabulary, "log-probabilities after an image")] if looks else []
+    )
+    yield from of_images if not of_text else ()
+    if len(looks) == 2 and not of_images and _same(*(image["logprobs"][0] for image in generated["images"])):
         yield error(
             "server.blind", "log-probabilities after an image", "other ones after another image", f"the same within {_SAME:g}",
             "it answers without seeing", "the vision tower or its projection is dead: look for zeros, NaN and missing tensors there",
         )  # fmt: skip
 
 
+def _values(places: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    return [[*place.values()] for place in places]
+
+
 def _same(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
     return first.keys() == second.keys() and all(abs(first[token] - second[token]) < _SAME for token in first)
 
 
-def judge(logprobs: list[list[float]], vocabulary: int, subject: str = "log-probabilities") -> Iterator[Finding]:
-    """Findings on log-probabilities, [position][entry]: the likeliest tokens' at each position, and the given one's."""
+def judge(logprobs: Sequence[Sequence[float]], vocabulary: int, subject: str = "log-probabilities") -> Iterator[Finding]:
+    """Findings on log-probabilities, [position][entry]: of different tokens, the likeliest at each position and the given one."""
     entries = [value for place in logprobs for value in place]
     wrong = sum(math.isnan(value) or value == math.inf for value in entries)
     if wrong or not entries:
         yield error(
             "server.not-finite", subject, "finite numbers", f"{wrong} of {len(entries)} are NaN or infinite",
             "a scale is missing, zero or NaN, or a weight holds NaN", "mend the other findings",
+        )  # fmt: skip
+        return
+    sums = [sum(math.exp(min(value, 1.0)) for value in place) for place in logprobs]
+    if max(sums) > _SUM:
+        yield error(
+            "server.no-distribution", subject, "probabilities that sum to one at most", f"{max(sums):.4f}",
+            "its answers are drawn from no distribution", "mend the other findings; without any, the fault lies with this vLLM",
         )  # fmt: skip
         return
     flat = -math.log(vocabulary)
@@ -232,4 +342,23 @@ def judge(logprobs: list[list[float]], vocabulary: int, subject: str = "log-prob
             "server.flat", subject, "some tokens likelier than others",
             f"{best[0]:.4f} at every position, which is -ln({vocabulary})",
             "the logits are constant", "lm_head or the last norm is broken, most often an lm_head that the exclude list misses",
+        )  # fmt: skip
+
+
+def _of_prompt(generated: Mapping[str, Any]) -> Iterator[Finding]:
+    """A server that answers, but not as a model that has learned a language would."""
+    given, likeliest = generated["prompt"], generated["likeliest"]
+    if not given:
+        return
+    mean, chance = sum(given) / len(given), -math.log(generated["vocabulary"])
+    mend = "compare values with --source; scales that are the reciprocal, the amax or another layer's do this"
+    if mean < chance - _CHANCE:
+        yield error(
+            "server.worse-than-chance", "log-probabilities of an English sentence", f"above {chance:.1f} a token, which is chance",
+            f"{mean:.1f}", "its answers are noise", mend,
+        )  # fmt: skip
+    elif len(given) > 1 and len({*likeliest}) == 1:
+        yield error(
+            "server.constant", "log-probabilities of an English sentence", "another likeliest token after another word",
+            f"token {likeliest[0]} after each of {len(given)}", "it answers the same whatever it is asked", mend,
         )  # fmt: skip

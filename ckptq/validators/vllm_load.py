@@ -1,65 +1,34 @@
 """Loads the checkpoint with the real vLLM, in a process of the interpreter that has it, and on demand generates from it.
 
-vllm_child.py does it and says which elements vLLM's loader wrote and read; here that becomes findings. vLLM itself checks none of it
-for a quantized checkpoint (0.32.0 model_executor/model_loader/default_loader.py load_weights: tracking is on for unquantized ones).
+vllm_child.py does it and says which elements vLLM's loader wrote and read; vllm_findings.py makes findings of that.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
+import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint import read_inventory
 from ckptq.errors import CkptqError, UnsupportedError
-from ckptq.validators import Code, Finding, error, warning
-from ckptq.validators.vllm_child import BROKEN_VLLM, KV_SCALE, NO_VLLM
-
-_LOADER = "vLLM 0.32.0 model_executor/"
-CODES = {
-    "server.failed": Code("vLLM stopped with an error"),
-    "server.timeout": Code("vLLM did not end within the time limit"),
-    "server.ignored-key": Code("vLLM's loader never read a stored tensor", _LOADER + "models/utils.py AutoWeightsLoader._load_module"),
-    "server.unwritten": Code(
-        "nothing wrote a parameter of vLLM's, or a part of it", _LOADER + "model_loader/default_loader.py DefaultModelLoader.load_weights"
-    ),
-    "server.truncated": Code("vLLM's loader left a part of a stored tensor out", _LOADER + "parameter.py _ColumnvLLMParameter"),
-    "server.lossy-cast": Code(
-        "vLLM's loader copied values into a dtype that changes them", _LOADER + "models/utils.py AutoWeightsLoader._load_param"
-    ),
-    "server.no-kernel": Code("this machine's vLLM can load the format but not compute with it"),
-    "server.not-finite": Code("a log-probability is NaN or infinite where it can't be"),
-    "server.flat": Code("every token is as likely as any other, at every position"),
-    "server.blind": Code("two different images give the same log-probabilities"),
-}
+from ckptq.validators import Finding, vllm_findings
+from ckptq.validators.vllm_child import BROKEN_VLLM, NO_VLLM, OTHER_VLLM
 
 TIME_LIMIT = 1800.0
 """Seconds: some minutes of loading and compiling are usual, half an hour is not."""
 # One process, so that the loading can be watched; offline; and on a CPU a small KV cache.
 _DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-_LINES = 12
-"""Lines of the server's stderr that a finding shows."""
 _TAIL = 1 << 16
-_FLAT = 0.01
-"""Nats: log-probabilities of all likeliest tokens this close to -ln(vocabulary) say that the logits are constant."""
-_SAME = 1e-6
-"""Nats: a first token's log-probabilities from two images that differ by less come from a tower that sees neither."""
-
-_LOADED = ("process", "engine", "generate", "done")
-_DOING = {
-    "config": "reading the config", "create": "building the model", "load": "loading the weights",
-    "process": "processing the loaded weights", "engine": "starting the engine", "generate": "generating",
-}  # fmt: skip
+"""Bytes of what it said that are kept."""
+_NAME_IT = "name the interpreter that has vLLM: --vllm-python PATH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,33 +55,35 @@ class Served:
     image_texts: tuple[str, ...] = ()
 
 
-def default_python() -> Path:
-    """The interpreter that runs this."""
-    return Path(sys.executable)
-
-
 def load(folder: Path, python: Path, *, generate: bool = False, timeout: float = TIME_LIMIT) -> Served:
     """Loads `folder` with the vLLM of the interpreter `python`, in the caller's environment; with `generate` makes the engine too.
 
     Nothing of the checkpoint is executed: vLLM's trust_remote_code stays off. `timeout` in seconds, for all of it.
-    Raises UnsupportedError where there is no such interpreter, or no vLLM in it that can be imported.
+    The process and all that it started are gone when this returns or is interrupted.
+    Raises UnsupportedError where `python` is no such interpreter, or has no vLLM that can be imported and watched.
     """
+    program = shutil.which(python)
+    if program is None:
+        raise UnsupportedError(f"{python}: no program that can be run; expected a Python interpreter", hint=_NAME_IT)
     with tempfile.TemporaryDirectory(prefix="ckptq-") as scratch:
         result = Path(scratch) / "result.json"
-        code, said = _run(folder, python, result, generate, timeout)
-        if code is None:
-            return Served((_timed_out(folder, timeout, said),))
-        if code == NO_VLLM:
-            raise UnsupportedError(f"{python}: has no vLLM", hint="name the interpreter that has it: --vllm-python PATH")
-        if code == BROKEN_VLLM:
-            last = (said.strip() or "no message").splitlines()[-1]
-            raise UnsupportedError(
-                f"{python}: its vLLM can't be imported: {last}", hint=f"make `{python} -c 'import vllm'` work first"
-            )
-        if code != 0 or not result.is_file():
-            return Served((_died(folder, code, said),))
-        trace = json.loads(result.read_text(encoding="utf-8"))
-    return served(trace, folder, _stored(folder))
+        code, said = _run(folder, program, result, generate, timeout)
+        begun, text = result.is_file(), result.read_text(encoding="utf-8") if result.is_file() else ""
+    if not begun and code is not None:
+        raise UnsupportedError(f"{python}: no Python interpreter that ckptq can use: {_end(said)}", hint=_NAME_IT)
+    if code == NO_VLLM:
+        raise UnsupportedError(f"{python}: has no vLLM", hint=_NAME_IT)
+    if code == BROKEN_VLLM:
+        raise UnsupportedError(
+            f"{python}: its vLLM can't be imported: {_end(said)}", hint=f"make `{python} -c 'import vllm'` work first"
+        )
+    if code == OTHER_VLLM:
+        raise UnsupportedError(f"{python}: no vLLM that ckptq can watch: {_end(said)}", hint="name one that has vLLM 0.32")
+    if code is None:
+        return Served((vllm_findings.timed_out(folder.name, timeout, said),))
+    if code != 0 or not text:
+        return Served((vllm_findings.died(folder.name, code, said),))
+    return served(json.loads(text), folder, _stored(folder))
 
 
 def served(trace: Mapping[str, Any], folder: Path, stored: Sequence[str]) -> Served:
@@ -120,7 +91,7 @@ def served(trace: Mapping[str, Any], folder: Path, stored: Sequence[str]) -> Ser
     generated = trace["generated"] or {"text": "", "logprobs": [], "images": []}
     images = generated["images"]
     return Served(
-        tuple(_findings(trace, folder, stored)),
+        tuple(vllm_findings.findings(trace, folder.name, stored)),
         trace["version"],
         str(trace["quantization"] or ""),
         trace["seconds"].get("model", 0.0),
@@ -136,7 +107,7 @@ def served(trace: Mapping[str, Any], folder: Path, stored: Sequence[str]) -> Ser
 
 def _stored(folder: Path) -> list[str]:
     try:
-        return list(read_inventory(folder).main.tensors)
+        return list(read_inventory(folder, strict=False).main.tensors)
     except CkptqError:
         return []  # said elsewhere; what vLLM itself met is in the trace
 
@@ -144,18 +115,22 @@ def _stored(folder: Path) -> list[str]:
 # --- the process ---
 
 
-def _run(folder: Path, python: Path, result: Path, generate: bool, timeout: float) -> tuple[int | None, str]:
+def _end(said: str) -> str:
+    return (said.strip() or "it said nothing").splitlines()[-1]
+
+
+def _run(folder: Path, program: str, result: Path, generate: bool, timeout: float) -> tuple[int | None, str]:
     """(exit code, or None where the time was over; the end of what it said)."""
-    # absolute() and not resolve(): the link in a virtual environment's bin is what makes it that environment.
     child = Path(__file__).with_name("vllm_child.py").resolve()
-    command = [str(python.absolute()), str(child), str(folder.resolve()), str(result), *(["--generate"] if generate else [])]
+    # abspath and not realpath: the link in a virtual environment's bin is what makes it that environment.
+    command = [os.path.abspath(program), str(child), str(folder.resolve()), str(result), *(["--generate"] if generate else [])]
     log = result.with_name("log.txt")
     with log.open("wb") as out:
         try:
             # In the result's own folder: a module that lies where ckptq was started must not take the place of a library's.
             process = subprocess.Popen(  # noqa: S603  the user names the interpreter
                 command,
-                env={**_DEFAULTS, **os.environ, **_FORCED},
+                env={**_DEFAULTS, **os.environ, **_FORCED, "TMPDIR": str(result.parent)},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -163,9 +138,7 @@ def _run(folder: Path, python: Path, result: Path, generate: bool, timeout: floa
                 start_new_session=True,
             )
         except OSError as problem:
-            raise UnsupportedError(
-                f"{python}: can't be started: {problem.strerror}", hint="name the interpreter that has vLLM: --vllm-python PATH"
-            ) from problem
+            raise UnsupportedError(f"{program}: can't be started: {problem.strerror}", hint=_NAME_IT) from problem
         code: int | None = None
         try:
             code = process.wait(timeout)
@@ -178,24 +151,3 @@ def _run(folder: Path, python: Path, result: Path, generate: bool, timeout: floa
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
         return code, file.read().decode(errors="replace")
-
-
-def _last(said: str) -> str:
-    return "\n".join([line for line in said.splitlines() if line.strip()][-_LINES:])
-
-
-def _timed_out(folder: Path, timeout: float, said: str) -> Finding:
-    return error(
-        "server.timeout", folder.name, "vLLM loads the checkpoint", f"not within {timeout:g} s; it said last:\n{_last(said)}",
-        "nobody knows whether it can be served", "look at what it waits for; a slow disk or a first compilation may need a longer limit",
-    )  # fmt: skip
-
-
-def _died(folder: Path, code: int, said: str) -> Finding:
-    ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    return error(
-        "server.failed", folder.name, "vLLM loads the checkpoint", f"{ended}:\n{_last(said)}", "it can't be served",
-        "mend the other findings first; without any, the fault may lie with this vLLM, its settings or too little memory",
-    )  # fmt: skip
-
-

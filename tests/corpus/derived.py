@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corpus.bases import BASES, folder
-from corpus.edit import Edit, both, config, drop, ignoring, section, unquantized
+from corpus.edit import Edit, both, drop, unquantized
+from corpus.edit_files import config, ignoring, other, remove, section
 
 SHORT: Mapping[str, str] = {
     "vl-modelopt": "vl-modelopt-fp8kv-peer",
@@ -18,15 +19,22 @@ SHORT: Mapping[str, str] = {
     "vl-tied": "vl-modelopt-fp8kv-ckptq-tied",
     "vl-pcpt": "vl-modelopt-pcpt-peer",
     "vl-pb-wo": "vl-modelopt-pbwo-peer",
+    "vl-modelopt-tied": "vl-modelopt-fp8-peer-tied",
     "moe-modelopt": "moe-modelopt-fp8kv-peer",
+    "moe-mixed": "moe-modelopt-fp8-peer-mixed",
     "vl-ct-static": "vl-ct-fp8-peer",
     "vl-ct-kv": "vl-ct-fp8kv-peer",
     "vl-ct-dynamic": "vl-ct-dynamic-peer",
     "vl-ct-block": "vl-ct-block-peer",
+    "vl-ct-tied": "vl-ct-dynamic-peer-tied",
+    "vl-ct-files": "vl-ct-dynamic-peer-files",
+    "vl-ct-nested": "vl-ct-dynamic-peer-nested",
     "moe-ct": "moe-ct-dynamic-peer",
+    "moe-ct-block": "moe-ct-block-peer",
     "vl-fp8-static": "vl-fp8-static-relabeled",
     "vl-fp8-dynamic": "vl-fp8-dynamic-relabeled",
     "vl-fp8-block": "vl-fp8-block-relabeled",
+    "moe-fp8-dynamic": "moe-fp8-dynamic-relabeled",
     "moe-fp8-block": "moe-fp8-block-relabeled",
 }
 """Names of good exports in the mutants' names -> in corpus/bases.py."""
@@ -43,8 +51,16 @@ def kept(patterns: tuple[str, ...], *modules: str) -> Edit:
 DERIVED: Mapping[str, tuple[str, Edit]] = {
     "vl-kept-o": ("vl-modelopt", kept((O1,), O1)),
     "vl-kept-qkv": ("vl-modelopt", kept(QKV0, *QKV0)),
-    "vl-deep-kept": ("vl-deep", kept(("model.layers.1.*",), "model.layers.1.*_proj")),
-    "vl-no-kv": ("vl-modelopt", both(drop("*.k_scale", "*.v_scale"), section(lambda s: s.pop("kv_cache_scheme")))),
+    # Without the record, which would say that it was changed.
+    "vl-deep-kept": ("vl-deep", both(kept(("model.layers.1.*",), "model.layers.1.*_proj"), remove("ckptq.json"))),
+    "vl-no-kv": (
+        "vl-modelopt",
+        both(
+            drop("*.k_scale", "*.v_scale"),
+            section(lambda s: s.pop("kv_cache_scheme")),
+            other(lambda s: s.update(kv_cache_quant_algo=None)),
+        ),
+    ),
     "vl-ct-kept": ("vl-ct-dynamic", kept(QKV0, *QKV0)),
     "vl-fp8-kept": ("vl-fp8-dynamic", kept(QKV0, *QKV0)),
     "moe-kept-o": ("moe-modelopt", kept((O1,), O1)),

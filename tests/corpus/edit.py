@@ -1,4 +1,4 @@
-"""Small edits of a checkpoint folder, each a function of the folder: what mutants are put together from.
+"""Small edits of a checkpoint folder, each a function of the folder: what mutants are put together from. Here those of tensors.
 
 Tensors are picked by `fnmatch` patterns of their names; a pattern that picks none is a mistake in the mutant, and raises.
 """
@@ -135,7 +135,7 @@ def swap(a: str, b: str, *patterns: str) -> Edit:
     def apply(stored: Tensors) -> None:
         for name in matching(stored, *patterns):
             other = name.replace(a, b)
-            assert a in name and other != name
+            assert other != name, f"{name}: does not hold {a}"
             stored[name], stored[other] = stored[other], stored[name]
 
     return tensors(apply)
@@ -175,6 +175,28 @@ def code(value: int, count: int = 1) -> Change:
     return apply
 
 
+def flipped(bits: int) -> Change:
+    """The first value with these bits turned."""
+
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        raw = tensor.clone()
+        raw.view(torch.uint8).view(-1)[0] ^= bits
+        return raw
+
+    return apply
+
+
+def requantized(factor: float, *modules: str) -> Edit:
+    """The weights of these modules encoded again under a scale of `factor` times theirs, as far as codes reach."""
+
+    def apply(stored: Tensors) -> None:
+        for name in matching(stored, *(f"{module}.weight" for module in modules)):
+            stored[f"{name}_scale"] = (stored[f"{name}_scale"].float() * factor).to(stored[f"{name}_scale"].dtype)
+            stored[name] = (stored[name].float() / factor).clamp(-448, 448).to(stored[name].dtype)
+
+    return tensors(apply)
+
+
 def dequantized(*patterns: str) -> Edit:
     """The FP8 weights of these names in BF16, times their scales, which stay where they are."""
 
@@ -208,118 +230,8 @@ def expand(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return blocks.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
 
 
-# --- configs ---
-
-
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.unlink()
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def config(change: Callable[[dict[str, Any]], object]) -> Edit:
-    return lambda folder: edit_json(folder / "config.json", change)
-
-
-def section(change: Callable[[dict[str, Any]], object]) -> Edit:
-    """Edits config.json's quantization_config."""
-    return config(lambda data: change(data["quantization_config"]))
-
-
-def other(change: Callable[[dict[str, Any]], object]) -> Edit:
-    """Edits hf_quant_config.json's quantization."""
-    return lambda folder: edit_json(folder / "hf_quant_config.json", lambda data: change(data["quantization"]))
-
-
-def ignoring(change: Callable[[list[str]], Iterable[str]]) -> Edit:
-    """Edits the exclude list wherever the folder has one: both config files, whatever the method calls it."""
-
-    def apply(folder: Path) -> None:
-        def one(data: dict[str, Any]) -> None:
-            for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules"):
-                if key in data:
-                    data[key] = list(change(data[key]))
-
-        section(one)(folder)
-        if (folder / "hf_quant_config.json").exists():
-            other(one)(folder)
-
-    return apply
-
-
-def groups(change: Callable[[dict[str, Any]], object]) -> Edit:
-    """Edits each of compressed-tensors' config groups."""
-    return section(lambda data: [change(group) for group in data["config_groups"].values()])
-
-
-def index(change: Callable[[dict[str, Any]], object]) -> Edit:
-    return lambda folder: edit_json(folder / INDEX, change)
-
-
-# --- files ---
-
-
-def remove(*names: str) -> Edit:
-    def apply(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return apply
-
-
-def text(name: str, content: str) -> Edit:
-    def apply(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text(content, encoding="utf-8")
-
-    return apply
-
-
-def cut(name: str, keep: float) -> Edit:
-    """A file without its end: `keep` of it stays."""
-
-    def apply(folder: Path) -> None:
-        data = (folder / name).read_bytes()
-        (folder / name).unlink()
-        (folder / name).write_bytes(data[: int(len(data) * keep)])
-
-    return apply
-
-
-def move(old: str, new: str) -> Edit:
-    def apply(folder: Path) -> None:
-        (folder / new).parent.mkdir(exist_ok=True)
-        (folder / old).rename(folder / new)
-
-    return apply
-
-
-def beside(name: str, change: Change, *patterns: str) -> Edit:
-    """A file `name` with copies of the tensors that match, each changed. An index is left as it was."""
-
-    def apply(folder: Path) -> None:
-        every = {key: tensor for file in weight_files(folder) for key, tensor in read(file).items()}
-        changed = {key: change(every[key]) for key in matching(every, *patterns)}
-        write(folder / name, {key: tensor for key, tensor in changed.items() if tensor is not None})
-
-    return apply
-
-
-def elsewhere(*patterns: str) -> Edit:
-    """The tensors of these names in a further file, which the index lists where there is one."""
-
-    def apply(folder: Path) -> None:
-        moved: Tensors = {}
-        for file in weight_files(folder):
-            stored = read(file)
-            found = {name for name in stored if any(fnmatchcase(name, pattern) for pattern in patterns)}
-            if found:
-                moved |= {name: stored.pop(name) for name in sorted(found)}
-                write(file, stored)
-        matching(moved, *patterns)
-        write(folder / EXTRA, moved)
-        if (folder / INDEX).exists():
-            index(lambda data: data["weight_map"].update(dict.fromkeys(moved, EXTRA)))(folder)
-
-    return apply

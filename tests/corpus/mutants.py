@@ -15,7 +15,7 @@ from typing import Literal
 from corpus.edit import Edit
 
 Needs = Literal["source", "record"]
-PARTS = ("tensors",)
+PARTS = ("tensors", "shapes", "values", "configs", "formats", "models", "excludes", "files", "moe")
 
 
 @dataclass(frozen=True, slots=True)

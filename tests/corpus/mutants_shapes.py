@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from corpus.edit import alter, both, config, dequantized, drop, elsewhere, rows, shape, to
+from corpus.edit import alter, both, dequantized, drop, rows, shape, to
+from corpus.edit_files import config, elsewhere
 from corpus.mutants import fault
-from corpus.places import DOWN, GATE, KV, TOWER, UP, K, O, Q, V
+from corpus.places import DOWN, GATE, KV, OUT, TOWER, UP, K, Q, V
+
+
+def typed(config: dict[str, Any], dtype: str) -> None:
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = dtype
+
 
 SHAPES = (
     *fault(
         "one scale in two dimensions",
         bad={
             "vl-modelopt": {
-                "o": alter(shape(1, 1), f"{O}.weight_scale"),
+                "o": alter(shape(1, 1), f"{OUT}.weight_scale"),
                 "q": alter(shape(1, 1), f"{Q}.weight_scale"),
                 "input of down": alter(shape(1, 1), f"{DOWN}.input_scale"),
             },
-            "vl-ct-static vl-fp8-static": {"o": alter(shape(1, 1), f"{O}.weight_scale")},
+            "vl-ct-static vl-fp8-static": {"o": alter(shape(1, 1), f"{OUT}.weight_scale")},
         },
         near={
             "vl-modelopt vl-fp8-static": {"in a list": alter(shape(1), "*.weight_scale", "*.input_scale")},
@@ -27,26 +36,26 @@ SHAPES = (
     *fault(
         "scale a row where one a tensor belongs",
         bad={
-            "vl-modelopt": {"[N]": alter(shape(256), f"{O}.weight_scale"), "[N, 1]": alter(shape(256, 1), f"{O}.weight_scale")},
+            "vl-modelopt": {"[N]": alter(shape(256), f"{OUT}.weight_scale"), "[N, 1]": alter(shape(256, 1), f"{OUT}.weight_scale")},
             "vl-fp8-static vl-ct-static": {"[N, 1]": alter(shape(256, 1), f"{DOWN}.weight_scale")},
             "vl-fp8-dynamic": {"[N]": alter(shape(128), f"{K}.weight_scale")},
         },
-        near={"vl-modelopt": {"in a list": alter(shape(1), f"{O}.weight_scale")}},
+        near={"vl-modelopt": {"in a list": alter(shape(1), f"{OUT}.weight_scale")}},
     ),
     *fault(
         "scales a row in another shape",
         bad={
             "vl-pcpt": {
                 "[N, 1]": alter(lambda t: t.reshape(-1, 1), "*.weight_scale"),
-                "[1, N]": alter(lambda t: t.reshape(1, -1), f"{O}.weight_scale"),
-                "one": alter(lambda t: t[0].reshape(()), f"{O}.weight_scale"),
+                "[1, N]": alter(lambda t: t.reshape(1, -1), f"{OUT}.weight_scale"),
+                "one": alter(lambda t: t[0].reshape(()), f"{OUT}.weight_scale"),
                 "one in a list": alter(lambda t: t[:1], f"{K}.weight_scale"),
-                "a row short": alter(lambda t: t[1:], f"{O}.weight_scale"),
+                "a row short": alter(lambda t: t[1:], f"{OUT}.weight_scale"),
             },
             "vl-ct-dynamic": {
                 "[N]": alter(lambda t: t.flatten(), "*.weight_scale"),
-                "[1, N]": alter(lambda t: t.reshape(1, -1), f"{O}.weight_scale"),
-                "one": alter(lambda t: t[0].reshape(()), f"{O}.weight_scale"),
+                "[1, N]": alter(lambda t: t.reshape(1, -1), f"{OUT}.weight_scale"),
+                "one": alter(lambda t: t[0].reshape(()), f"{OUT}.weight_scale"),
                 "a row short": alter(lambda t: t[1:], f"{DOWN}.weight_scale"),
             },
         },
@@ -61,19 +70,19 @@ SHAPES = (
                 "[N/128, K/128]": alter(lambda t: t.reshape(t.shape[0], -1), "*.weight_scale"),
                 "[N/128, K/128, 1, 1]": alter(lambda t: t.transpose(1, 2), f"{DOWN}.weight_scale"),
                 "transposed": alter(lambda t: t.transpose(0, 2), f"{DOWN}.weight_scale"),
-                "one": alter(lambda t: t.flatten()[0].reshape(()), f"{O}.weight_scale"),
+                "one": alter(lambda t: t.flatten()[0].reshape(()), f"{OUT}.weight_scale"),
             },
             "vl-ct-block": {
                 "transposed": alter(lambda t: t.t(), f"{DOWN}.weight_scale"),
-                "flat": alter(lambda t: t.flatten(), f"{O}.weight_scale"),
-                "4-D": alter(lambda t: t[:, None, :, None], f"{O}.weight_scale"),
-                "one": alter(lambda t: t.flatten()[0].reshape(()), f"{O}.weight_scale"),
+                "flat": alter(lambda t: t.flatten(), f"{OUT}.weight_scale"),
+                "4-D": alter(lambda t: t[:, None, :, None], f"{OUT}.weight_scale"),
+                "one": alter(lambda t: t.flatten()[0].reshape(()), f"{OUT}.weight_scale"),
                 "a block short": alter(lambda t: t[:, 1:], f"{DOWN}.weight_scale"),
             },
             "vl-fp8-block": {
                 "transposed": alter(lambda t: t.t(), f"{DOWN}.weight_scale_inv"),
-                "4-D": alter(lambda t: t[:, None, :, None], f"{O}.weight_scale_inv"),
-                "a block more": alter(lambda t: torch.cat([t, t[:, :1]], 1), f"{O}.weight_scale_inv"),
+                "4-D": alter(lambda t: t[:, None, :, None], f"{OUT}.weight_scale_inv"),
+                "a block more": alter(lambda t: torch.cat([t[:, 1:], t], 1), f"{OUT}.weight_scale_inv"),
             },
         },
         near={
@@ -97,7 +106,7 @@ SHAPES = (
             "vl-modelopt": {
                 "q": alter(rows(32), f"{Q}.weight"),
                 "gate": alter(rows(32), f"{GATE}.weight"),
-                "o": alter(rows(32), f"{O}.weight"),
+                "o": alter(rows(32), f"{OUT}.weight"),
             },
             "vl-ct-dynamic": {
                 "up": both(alter(rows(32), f"{UP}.weight"), alter(lambda t: torch.cat([t[:32], t]), f"{UP}.weight_scale"))
@@ -140,10 +149,10 @@ SHAPES = (
     *fault(
         "square weight transposed",
         bad={
-            "vl-modelopt vl-ct-dynamic vl-fp8-block": {"o": alter(lambda t: t.t(), f"{O}.weight")},
+            "vl-modelopt vl-ct-dynamic vl-fp8-block": {"o": alter(lambda t: t.t(), f"{OUT}.weight")},
             "vl-ours": {"q": alter(lambda t: t.t(), f"{Q}.weight")},
         },
-        near={"vl-modelopt": {"twice": alter(lambda t: t.t().contiguous().t(), f"{O}.weight")}},
+        near={"vl-modelopt": {"twice": alter(lambda t: t.t().contiguous().t(), f"{OUT}.weight")}},
         needs="source",
     ),
 )
@@ -153,27 +162,27 @@ TYPES = (
         "FP8 codes under another type",
         bad={
             "vl-modelopt": {
-                "U8": alter(lambda t: t.view(torch.uint8), f"{O}.weight"),
+                "U8": alter(lambda t: t.view(torch.uint8), f"{OUT}.weight"),
                 "I8": alter(lambda t: t.view(torch.int8), "model.layers.*_proj.weight"),
                 "U8 of a shard": alter(lambda t: t.view(torch.uint8), f"{K}.weight"),
             },
             "vl-pcpt vl-fp8-block vl-ct-static": {"U8": alter(lambda t: t.view(torch.uint8), f"{DOWN}.weight")},
         },
-        near={"vl-modelopt": {"the same codes": alter(lambda t: t.view(torch.uint8).clone().view(t.dtype), f"{O}.weight")}},
+        near={"vl-modelopt": {"the same codes": alter(lambda t: t.view(torch.uint8).clone().view(t.dtype), f"{OUT}.weight")}},
     ),
     *fault(
         "weight in E5M2",
         bad={
-            "vl-modelopt": {"o": alter(lambda t: t.float().to(torch.float8_e5m2), f"{O}.weight")},
+            "vl-modelopt": {"o": alter(lambda t: t.float().to(torch.float8_e5m2), f"{OUT}.weight")},
             "vl-fp8-dynamic": {"all": alter(lambda t: t.float().to(torch.float8_e5m2), "model.layers.*_proj.weight")},
         },
-        near={"vl-modelopt": {"E4M3 by another road": alter(lambda t: t.float().to(t.dtype), f"{O}.weight")}},
+        near={"vl-modelopt": {"E4M3 by another road": alter(lambda t: t.float().to(t.dtype), f"{OUT}.weight")}},
     ),
     *fault(
         "weight of a quantized module in BF16",
         bad={
             "vl-modelopt": {
-                "the codes' values": alter(to(torch.bfloat16), f"{O}.weight"),
+                "the codes' values": alter(to(torch.bfloat16), f"{OUT}.weight"),
                 "dequantized, with scales": dequantized(f"{DOWN}.weight"),
                 "dequantized, without": both(dequantized(f"{DOWN}.weight"), drop(f"{DOWN}.weight_scale", f"{DOWN}.input_scale")),
                 "a shard": dequantized(f"{V}.weight"),
@@ -182,31 +191,26 @@ TYPES = (
         near={"vl-modelopt": {"the norms, in F32": alter(to(torch.float32), "*norm.weight")}},
     ),
     *fault(
-        "scale of fewer bits",
+        "scale of another type",
         bad={
+            "vl-modelopt": {
+                "I32": alter(to(torch.int32), f"{OUT}.weight_scale"),
+                "U8 exponent": alter(lambda t: (t.log2().round() + 127).to(torch.uint8), f"{OUT}.weight_scale"),
+                "F8": alter(to(torch.float8_e4m3fn), f"{DOWN}.weight_scale"),
+                "kv F8": alter(to(torch.float8_e4m3fn), *KV),
+            },
+            "vl-fp8-block": {"U8 exponents": alter(lambda t: (t.log2().round() + 127).to(torch.uint8), "*.weight_scale_inv")},
+        },
+        near={
             "vl-modelopt": {
                 "BF16": alter(to(torch.bfloat16), "*.weight_scale", "*.input_scale"),
                 "F16": alter(to(torch.float16), "*.weight_scale"),
             },
             "vl-ct-block vl-pcpt": {"BF16": alter(to(torch.bfloat16), "*.weight_scale")},
             "vl-fp8-block": {"BF16": alter(to(torch.bfloat16), "*.weight_scale_inv")},
-        },
-        near={
             "vl-modelopt vl-fp8-static": {"F64": alter(to(torch.float64), "*.weight_scale", "*.input_scale")},
             "vl-modelopt vl-ours": {"kv in BF16": alter(to(torch.bfloat16), *KV)},
         },
-    ),
-    *fault(
-        "scale of whole numbers",
-        bad={
-            "vl-modelopt": {
-                "I32": alter(to(torch.int32), f"{O}.weight_scale"),
-                "U8 exponent": alter(lambda t: (t.log2().round() + 127).to(torch.uint8), f"{O}.weight_scale"),
-                "F8": alter(to(torch.float8_e4m3fn), f"{DOWN}.weight_scale"),
-            },
-            "vl-fp8-block": {"U8 exponents": alter(lambda t: (t.log2().round() + 127).to(torch.uint8), "*.weight_scale_inv")},
-        },
-        near={"vl-modelopt": {"F64": alter(to(torch.float64), f"{O}.weight_scale")}},
     ),
     *fault(
         "tensor that stays in fewer bits",
@@ -228,7 +232,7 @@ TYPES = (
     ),
     *fault(
         "activations in another type",
-        bad={"vl-modelopt": {"float32": config(lambda c: c.update(dtype="float32"))}},
+        bad={"vl-modelopt": {"float32": config(lambda c: typed(c, "float32")), "float64": config(lambda c: typed(c, "float64"))}},
         near={"vl-modelopt": {"the key's old name": config(lambda c: c.update(torch_dtype=c.pop("dtype")))}},
     ),
 )

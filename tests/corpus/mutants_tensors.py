@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from corpus.edit import both, copy, drop, elsewhere, put, rename, swap
+from corpus.edit import both, copy, drop, put, rename, swap
+from corpus.edit_files import elsewhere
 from corpus.mutants import fault
-from corpus.places import DOWN, GATE, KV, L0, L1, TOWER, UP, K, O, Q, V
+from corpus.places import DOWN, GATE, KV, L0, L1, OUT, TOWER, UP, K, Q, V
 
 MISSING = (
     *fault(
         "weight missing",
         bad={
             "vl-modelopt": {
-                "o": drop(f"{O}.weight"),
+                "o": drop(f"{OUT}.weight"),
                 "q": drop(f"{Q}.weight"),
                 "up": drop(f"{UP}.weight"),
                 "layer": drop(f"{L1}*"),
@@ -24,7 +25,7 @@ MISSING = (
             },
             "vl-pcpt vl-ct-dynamic vl-fp8-block": {"v": drop(f"{V}.weight")},
         },
-        near={"vl-modelopt": {"in a file of its own": elsewhere(f"{O}.weight")}},
+        near={"vl-modelopt": {"in a file of its own": elsewhere(f"{OUT}.weight")}},
     ),
     *fault(
         "lm_head missing",
@@ -40,20 +41,20 @@ MISSING = (
                 "tower": drop(f"{TOWER}attn.proj.bias"),
             }
         },
-        near={"vl-modelopt": {"one that o has not": put({f"{O}.bias": torch.zeros(256, dtype=torch.bfloat16)})}},
+        near={"vl-modelopt": {"one that o has not": put({f"{OUT}.bias": torch.zeros(256, dtype=torch.bfloat16)})}},
     ),
     *fault(
         "weight_scale missing",
         bad={
             "vl-modelopt": {
-                "o": drop(f"{O}.weight_scale"),
+                "o": drop(f"{OUT}.weight_scale"),
                 "q": drop(f"{Q}.weight_scale"),
                 "v, the last shard": drop(f"{V}.weight_scale"),
                 "q, k and v": drop(f"{L0}self_attn.[qkv]_proj.weight_scale"),
                 "gate": drop(f"{GATE}.weight_scale"),
                 "all": drop("*.weight_scale"),
             },
-            "vl-ours": {"q, whose scale k has too": drop(f"{Q}.weight_scale"), "up": drop(f"{UP}.weight_scale")},
+            "vl-ours": {"q, whose scale k has too": drop(f"{Q}.weight_scale")},
             "vl-pcpt vl-pb-wo vl-ct-static vl-ct-dynamic vl-ct-block vl-fp8-static vl-fp8-dynamic": {
                 "down": drop(f"{DOWN}.weight_scale"),
                 "k": drop(f"{K}.weight_scale"),
@@ -71,7 +72,7 @@ MISSING = (
                 "all": drop("*.input_scale"),
                 "q alone": drop(f"{Q}.input_scale"),
             },
-            "vl-ct-static vl-fp8-static": {"o": drop(f"{O}.input_scale"), "all": drop("*.input_scale")},
+            "vl-ct-static vl-fp8-static": {"o": drop(f"{OUT}.input_scale"), "all": drop("*.input_scale")},
         },
         near={"vl-modelopt": {"in a file of its own": elsewhere("*.input_scale")}},
     ),
@@ -123,20 +124,26 @@ NAMES = (
     ),
     *fault(
         "kv scales under each other's name",
-        bad={"vl-modelopt": {"all": swap("k_proj.k_scale", "v_proj.v_scale", "*.k_proj.k_scale")}},
-        near={
-            "vl-modelopt": {
-                "beside the other's projection": both(
-                    rename("k_proj.k_scale", "v_proj.k_scale"), rename("v_proj.v_scale", "k_proj.v_scale")
-                )
-            }
-        },
+        bad={"vl-ours": {"all": swap("k_proj.k_scale", "v_proj.v_scale", "*.k_proj.k_scale")}},
+        near={"vl-modelopt": {"twice": both(*[swap("k_proj.k_scale", "v_proj.v_scale", "*.k_proj.k_scale")] * 2)}},
         needs="record",
     ),
     *fault(
+        "kv scales of the other kind",
+        bad={
+            "vl-modelopt": {
+                "beside their projection": both(
+                    rename("k_proj.k_scale", "k_proj.v_scale"), rename("v_proj.v_scale", "v_proj.k_scale")
+                ),
+            },
+        },
+        near={"vl-modelopt": {"of the queries": put({f"{L0}self_attn.q_scale": torch.tensor(1.0)})}},
+    ),
+    *fault(
         "deprecated kv_scale",
-        bad={"vl-modelopt": {"in place of both": both(rename("k_proj.k_scale", "kv_scale"), drop("*.v_scale"))}},
+        bad={"vl-ours": {"in place of both": both(rename("k_proj.k_scale", "kv_scale"), drop("*.v_scale"))}},
         near={"vl-modelopt": {"beside v's own": rename("k_proj.k_scale", "kv_scale")}},
+        needs="record",
     ),
     *fault(
         "kv scales on the vision tower",
@@ -146,9 +153,10 @@ NAMES = (
                     {f"{TOWER}attn.k_proj.k_scale": torch.tensor(0.03), f"{TOWER}attn.v_proj.v_scale": torch.tensor(0.01)}
                 ),
                 "second names": put({f"model.{TOWER}attn.k_proj.k_scale": torch.tensor(0.03)}),
+                "of the fused linear": put({f"{TOWER}attn.k_scale": torch.tensor(0.03)}),
             }
         },
-        near={"vl-modelopt": {"where they are skipped": put({f"{TOWER}attn.k_scale": torch.tensor(0.03)})}},
+        near={"vl-modelopt": {"queries' in the language model": put({f"{L0}self_attn.q_scale": torch.tensor(1.0)})}},
     ),
     *fault(
         "scale under another name",
@@ -156,7 +164,7 @@ NAMES = (
             "vl-modelopt": {
                 "weight_scale_inv": rename("weight_scale", "weight_scale_inv"),
                 "scale": rename("weight_scale", "scale"),
-                "scale_weight": rename("weight_scale", "scale_weight", f"{O}.*"),
+                "scale_weight": rename("weight_scale", "scale_weight", f"{OUT}.*"),
                 "activation_scale": rename("input_scale", "activation_scale"),
                 "act_scale": rename("input_scale", "act_scale", f"{DOWN}.*"),
                 "input_quantizer": rename("input_scale", "input_quantizer._amax"),
@@ -173,17 +181,17 @@ NAMES = (
         bad={
             "vl-modelopt": {
                 "module": put({f"{L0}adapter.weight": torch.ones(4, 4)}),
-                "parameter": put({f"{O}.zero_point": torch.tensor(0.0)}),
+                "parameter": put({f"{OUT}.zero_point": torch.tensor(0.0)}),
                 "layer beyond the last": put({"model.layers.7.input_layernorm.weight": torch.ones(256, dtype=torch.bfloat16)}),
                 "other prefix": rename("model.norm", "transformer.norm"),
                 "blocks": rename("model.layers.1.", "model.blocks.1."),
             },
-            "vl-ct-static": {"weight_zero_point": put({f"{O}.weight_zero_point": torch.zeros(1)})},
+            "vl-ct-static": {"weight_zero_point": put({f"{OUT}.weight_zero_point": torch.zeros(1)})},
         },
         near={
             "vl-modelopt": {
                 "rotary buffers": put({f"{L0}self_attn.rotary_emb.inv_freq": torch.ones(32)}),
-                "order of columns": put({f"{O}.g_idx": torch.zeros(256, dtype=torch.int32)}),
+                "order of columns": put({f"{OUT}.g_idx": torch.zeros(256, dtype=torch.int32)}),
             },
             "vl-modelopt vl-pcpt": {
                 "second generation of names": both(

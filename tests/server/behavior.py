@@ -72,7 +72,8 @@ def label(found: Mapping[str, Any]) -> str:
 
 def vllm_child() -> Any:
     spec = importlib.util.spec_from_file_location("vllm_child", CHILD)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     sys.modules["vllm_child"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -93,7 +94,8 @@ def prepare() -> None:
 
 def computed(model: Any, child: Any) -> tuple[Values, dict[str, str], dict[str, Any]]:
     """(float32 values by name, dtypes by name, settings of modules by name). A quantized weight is its codes times their scales."""
-    stored = dict(child.effective(model))
+    shared = {name: p.detach().cpu() for name, p in model.named_parameters(remove_duplicate=False)}
+    stored = {**shared, **dict(child.effective(model))}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in stored.items()}
     values: Values = {}
     for name, tensor in stored.items():

@@ -1,9 +1,9 @@
 """Records what the real vLLM makes of every mutant of the corpus: the table that tests/test_agreement.py holds the validator to.
 
-    python tests/server/record_behavior.py [--check] [PATTERN ...]
+    python tests/server/record_behavior.py [--check | --new] [PATTERN ...]
 
-Writes tests/data/behavior-vllm-VERSION.json; with patterns (of mutants' names, as in a shell), only what matches is recorded anew.
-`--check` writes nothing, and exits with 1 where a label is another than the one written. vLLM is the one of .venv-vllm, or of
+Writes tests/data/behavior-vllm-0.32.json; with patterns (of mutants' names, as in a shell), only what matches is recorded anew,
+with `--new` only what is not in the table. `--check` writes nothing, and exits with 1 where a label is another than the one written. vLLM is the one of .venv-vllm, or of
 the interpreter that CKPTQ_VLLM_PYTHON names. The labels' rules are in tests/server/behavior.py.
 """
 
@@ -31,7 +31,7 @@ from corpus.bases import BASES  # noqa: E402
 from corpus.mutants import Mutant, mutants  # noqa: E402
 
 VERSION = "0.32.0"
-TABLE = TESTS / f"data/behavior-vllm-{VERSION}.json"
+TABLE = TESTS / "data/behavior-vllm-0.32.json"
 PYTHON = Path(os.environ.get("CKPTQ_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
 PROCESSES = 2
 PATIENCE = 300
@@ -136,11 +136,11 @@ def changed(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    check = "--check" in arguments
-    patterns = [pattern for pattern in arguments if pattern != "--check"]
-    every = list(mutants())
+    check, new = "--check" in arguments, "--new" in arguments
+    patterns = [argument for argument in arguments if not argument.startswith("--")]
+    every, before = list(mutants()), read_table()
     chosen = [m for m in every if not patterns or any(fnmatchcase(m.name, pattern) for pattern in patterns)]
-    rows, before = record(chosen), read_table()
+    rows = record([m for m in chosen if not new or m.name not in before])
     news = changed(before, rows)
     print(*news, sep="\n")
     print(f"{len(rows)} mutants:", dict(Counter(row["label"] for row in rows.values())))

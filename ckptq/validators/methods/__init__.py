@@ -83,3 +83,8 @@ def exclude_list(section: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """The entries under `key` that are strings; a list that holds anything else is the method's `check` to report."""
     entries = section.get(key)
     return tuple(e for e in entries if isinstance(e, str)) if isinstance(entries, list) else ()
+
+
+def is_names(value: Any) -> bool:
+    """Whether it is a list of texts and nothing else."""
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptq.errors import UnsupportedError
-from ckptq.scopes import Scope
+from ckptq.scopes import Scope, Split
 from ckptq.validators import Code, Finding, error, expressions, has_errors
 from ckptq.validators.expressions import matches
 from ckptq.validators.formats import Format, Granularity, compressed_tensors
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list
+from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
+from ckptq.validators.parallel import split_of
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, expert_names, packed_modules, server_name
 
@@ -29,6 +30,13 @@ CODES = {
 # utils.py is_activation_quantization_format. Only there does get_scheme look for FP8.
 _FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized")
 _STRATEGIES = ("tensor", "channel", "block")
+_STATIC = ("channel", "block", "attn_head")
+_ALL_STRATEGIES = (*_STRATEGIES, "token", "group", "tensor_group", "attn_head")
+# compressed-tensors 0.17 quantization/quant_args.py QuantizationArgs, which forbids others.
+_ARGUMENTS = frozenset(
+    ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype", "zp_dtype",
+     "observer", "observer_kwargs")
+)  # fmt: skip
 _CLASSES = ("Linear", "RoutedExperts", "ParallelLMHead")
 
 
@@ -48,21 +56,29 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     for name, group in groups.items():
         yield from _group_findings(group, f"{file}.config_groups.{name}", section.get("format"))
     entries = section.get("ignore", [])
-    if not isinstance(entries, list) or any(not isinstance(e, str) for e in entries):
+    if not is_names(entries):
         yield error(
-            "config.ignore", f"{file}.ignore", "a list of names", repr(entries), "vLLM raises", "write the names as a JSON list"
-        )
+            "config.ignore", f"{file}.ignore", "a list of names", repr(entries), "vLLM raises, or searches the letters of a text",
+            "write the names as a JSON list",
+        )  # fmt: skip
     yield from expressions.check([*exclude_list(section, "ignore"), *(t for g in groups.values() for t in _targets(g))], file)
     yield from _kv_findings(section, file)
 
 
 def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding]:
     weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping) or not _targets(group):
+    if not isinstance(weights, Mapping) or not is_names(group.get("targets")):
         yield error(
             "config.groups", where, "targets and weights", repr(group), "vLLM raises", "say what the group quantizes, and how"
         )
         return
+    for key in ("weights", "input_activations", "output_activations"):
+        arguments = group.get(key)
+        if isinstance(arguments, Mapping) and (wanted := _wanted(arguments)):
+            yield error(
+                "config.groups", f"{where}.{key}", wanted, repr(dict(arguments)), "vLLM raises", "write what the scales are"
+            )
+            return
     if _is_attention(group) or weights.get("type", "int") != "float" or weights.get("num_bits", 8) != 8:
         return
     said = group.get("format") or top_format
@@ -90,6 +106,22 @@ def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding
         )  # fmt: skip
 
 
+def _wanted(arguments: Mapping[str, Any]) -> str | None:
+    """What QuantizationArgs would take instead; None where it takes them."""
+    strategy, size = _strategy(arguments), arguments.get("group_size")
+    if unknown := sorted(set(arguments) - _ARGUMENTS):
+        return f"no key {unknown[0]!r}"
+    if strategy not in _ALL_STRATEGIES or (size is not None and type(size) is not int):
+        return "a strategy and a group_size that compressed-tensors knows"
+    if (strategy == "token") > bool(arguments.get("dynamic")) or (strategy in _STATIC and arguments.get("dynamic")):
+        return "dynamic true for strategy token, false for channel and block"
+    if (strategy in ("group", "tensor_group")) != (size is not None and size > 0):
+        return "a positive group_size for strategy group, and for no other"
+    if (strategy == "block") != (arguments.get("block_structure") is not None) or (strategy == "block" and not _block(arguments)):
+        return "block_structure [rows, columns] for strategy block, and for no other"
+    return None
+
+
 def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
     scheme = section.get("kv_cache_scheme")
     if scheme is None:
@@ -114,15 +146,18 @@ def _is_attention(group: Mapping[str, Any]) -> bool:
 
 
 def _strategy(weights: Mapping[str, Any]) -> str:
-    return str(weights.get("strategy") or ("tensor" if weights.get("group_size") is None else "group"))
+    otherwise = {None: "tensor", -1: "channel"}
+    said = weights.get("strategy") or otherwise.get(weights.get("group_size"), "group")
+    return str(said).lower()
 
 
 def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
     """block_structure as [128, 128] or "128x128"."""
     said = weights.get("block_structure")
-    parts = said.split("x") if isinstance(said, str) else said
-    if isinstance(parts, list) and len(parts) == 2 and all(str(n).isdecimal() and int(n) > 0 for n in parts):
-        return int(parts[0]), int(parts[1])
+    if isinstance(said, str):
+        said = [int(n) if n.isdecimal() else n for n in said.split("x")]
+    if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said):
+        return said[0], said[1]
     return None
 
 
@@ -157,18 +192,21 @@ def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | No
 
 def matcher(settings: Settings, scope: Scope) -> Matcher:
     """Which linears are built quantized: those that a group's targets reach by name or class, and the ignore list does not."""
-    packed = packed_modules(scope)
+    packed, split_for = packed_modules(scope), split_of(scope)
     ignore = [_mapped(entry, scope) for entry in settings.exclude]
-    groups: dict[str, Format] = {}
+    linears: dict[str, Treatment] = {}
+    routed: dict[str, Treatment] = {}
     for group in settings.section["config_groups"].values():
         if not _is_attention(group):
-            groups |= dict.fromkeys((_mapped(t, scope) for t in _targets(group)), _format(group))
+            targets = [_mapped(target, scope) for target in _targets(group)]
+            linears |= dict.fromkeys(targets, _format(group))
+            routed |= dict.fromkeys(targets, _format(group) if _fits_experts(group) else "refused")
 
     def of_name(name: str, kind: str) -> Treatment:
         ignored = expressions.ignored(name, ignore, packed, settings.server, fused=True)
         if ignored is None:
             return "refused"
-        return "kept" if ignored else _target(name, kind, groups, packed)
+        return "kept" if ignored else _target(name, kind, routed if kind == "RoutedExperts" else linears, packed)
 
     @functools.cache
     def of_prefix(prefix: str, kind: str, experts: tuple[str, ...]) -> Treatment:
@@ -176,12 +214,21 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
         return found.pop() if len(found) == 1 else "refused"
 
     def treat(linear: ServerLinear) -> Treatment:
-        kind = {"head": "ParallelLMHead", "experts": "RoutedExperts"}.get(linear.part, "Linear")
         # compressed_tensors_moe.py get_moe_method: the projections of expert 0 are asked, and stand for all.
         experts = expert_names(scope) if linear.part == "experts" else ()
-        return of_prefix(linear.prefix, kind, experts)
+        return of_prefix(linear.prefix, _class(linear, split_for(linear)), experts)
 
     return treat
+
+
+def _class(linear: ServerLinear, split: Split) -> str:
+    """The class that the server builds it of, as the models' files have it."""
+    if linear.part == "head":
+        return "ParallelLMHead"
+    if linear.part == "experts":
+        return "RoutedExperts"
+    rows = "MergedColumnParallelLinear" if len(linear.shards) > 1 else "ColumnParallelLinear"
+    return {"heads": "QKVParallelLinear", "rows": rows, "columns": "RowParallelLinear", "none": "ReplicatedLinear"}[split]
 
 
 def _mapped(entry: str, scope: Scope) -> str:
@@ -189,7 +236,7 @@ def _mapped(entry: str, scope: Scope) -> str:
     return server_name(entry, scope) if "." in entry and not entry.startswith("re:") else entry
 
 
-def _target(name: str, kind: str, groups: Mapping[str, Format], packed: Mapping[str, Sequence[str]]) -> Treatment:
+def _target(name: str, kind: str, groups: Mapping[str, Treatment], packed: Mapping[str, Sequence[str]]) -> Treatment:
     """find_matched_target: the name, then all shards of a fused one, then the class, of which a target may be a part."""
     by_name = next((form for target, form in groups.items() if matches(name, target)), None)
     if by_name is not None:
@@ -211,6 +258,14 @@ def _target(name: str, kind: str, groups: Mapping[str, Format], packed: Mapping[
         elif any(target.lower() in k.lower() for k in kinds):
             return form
     return "kept"
+
+
+def _fits_experts(group: Mapping[str, Any]) -> bool:
+    """compressed_tensors_moe_w8a8_fp8.py CompressedTensorsW8A8Fp8MoEMethod: weights and activations of one granularity."""
+    weights, inputs = group["weights"], group.get("input_activations")
+    if not isinstance(inputs, Mapping) or not (inputs.get("dynamic") or inputs.get("symmetric", True)):
+        return False
+    return (_strategy(weights), _strategy(inputs)) in (("tensor", "tensor"), ("channel", "token")) or _strategy(weights) == "block"
 
 
 def _format(group: Mapping[str, Any]) -> Format:

@@ -12,7 +12,7 @@ from typing import Any
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, has_errors, warning
 from ckptq.validators.formats import NATIVE_DYNAMIC, NATIVE_STATIC, Format, native_block
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list
+from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
 from ckptq.validators.methods.modelopt import exactly_skipped
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
@@ -45,7 +45,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
         )  # fmt: skip
     for key in ("ignored_layers", "modules_to_not_convert"):
         entries = section.get(key) or []
-        if not isinstance(entries, list) or any(not isinstance(e, str) for e in entries):
+        if not is_names(entries):
             yield error(
                 "config.ignored-layers", f"{file}.{key}", "a list of module names", repr(entries),
                 "vLLM raises, or searches the letters of a text", "write the names as a JSON list",

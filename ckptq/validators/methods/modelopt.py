@@ -15,7 +15,7 @@ from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error
 from ckptq.validators.formats import MODELOPT_BLOCK, MODELOPT_FP8, MODELOPT_PER_CHANNEL, Format
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list
+from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
 
@@ -48,7 +48,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
         )  # fmt: skip
     key = _exclude_key(section, server)
     entries = body.get(key, [])
-    if not isinstance(entries, list) or any(not isinstance(e, str) for e in entries):
+    if not is_names(entries):
         yield error(
             "config.exclude-list", f"{file}.{key}", "a list of module names", repr(entries), "vLLM raises",
             "write the names as a JSON list",
@@ -70,17 +70,16 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
 
 
 def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | None:
-    """The settings; quant_algo in capitals, as the server compares it."""
+    """The settings; quant_algo in capitals, as the server compares it. Raises UnsupportedError for one that is not FP8."""
     body, flat = _body(section)
-    algo = str(body.get("quant_algo") or "").upper()
-    if algo not in (server.algos if flat else server.algos_alone):
+    algo, key = str(body.get("quant_algo") or "").upper(), _exclude_key(section, server)
+    if algo not in (server.algos if flat else server.algos_alone) or not is_names(body.get(key, [])):
         return None
     if algo not in FORMATS:
         raise UnsupportedError(
             f"{file}: quant_algo {algo} can't be checked yet; what can: {', '.join(FORMATS)}",
             hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
         )
-    key = _exclude_key(section, server)
     kv_key = "kv_cache_scheme" if flat else "kv_cache_quant_algo"
     return Settings(file, "modelopt", algo, exclude_list(body, key), key, _kv_fp8(_kv_said(section)), kv_key, section, server)
 

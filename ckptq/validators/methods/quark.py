@@ -15,7 +15,7 @@ from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, expressions, has_errors
 from ckptq.validators.formats import BLOCK, SCALAR, Format, Granularity
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list
+from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
 
@@ -45,7 +45,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
             "write it as Quark does; layer_type_quant_config may be {}",
         )  # fmt: skip
     entries = section.get("exclude")
-    if not _names(entries):
+    if not is_names(entries):
         yield error(
             "config.quark-section", f"{file}.exclude", "a list of names", repr(entries if "exclude" in section else "absent"),
             "vLLM raises, or searches the letters of a text", "write the names as a JSON list; [] where nothing is excluded",
@@ -54,7 +54,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
         return
     yield from expressions.check(exclude_list(section, "exclude"), f"{file}.exclude")
     yield from _kv_findings(section, file)
-    if _names(section["export"].get("kv_cache_group")):
+    if is_names(section["export"].get("kv_cache_group")):
         for where, config in _configs(section):
             if (why := _refusal(config, server)) is not None:
                 yield error(
@@ -63,14 +63,10 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
                 )  # fmt: skip
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-
 def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
     """from_config: the settings under the names of kv_cache_group say how the cache is quantized, all alike."""
     group = section["export"].get("kv_cache_group")
-    if not _names(group):
+    if not is_names(group):
         yield error(
             "config.quark-kv", f"{file}.export.kv_cache_group", "a list of names, [] without KV scales", repr(group), "vLLM raises",
             "write the list",

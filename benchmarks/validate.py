@@ -1,0 +1,107 @@
+"""How fast `ckptq validate` reads values, against `cat` of the same files; and how long it takes over the layout of a 72B.
+
+    python benchmarks/validate.py [--rounds 5] [--layers 16] [--work DIR]
+
+values  a made-up FP8 checkpoint in the page cache, by turns: `cat FILE... > /dev/null`, `ckptq validate` with ckptq.json beside it,
+        whose digests it then checks, and without
+layout  the FP8 output for Qwen2.5-VL-72B (real headers over sparse files), `ckptq validate --no-values`
+
+Each is a process of its own, and counts from its start to its end. Goals, for the fastest rounds: values at 0.7 of the speed of
+cat or more, in under 400 MB; layout under 1 s and 100 MB, without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+SHAPE = {"hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8, "vocab": 32768, "vision_depth": 8, "vision_hidden": 640}
+VALIDATE = [sys.executable, "-m", "ckptq", "validate"]
+RECORD = "ckptq.json"
+
+
+def main() -> None:
+    """Makes both checkpoints, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as name:
+        work = Path(name)
+        subprocess.run([sys.executable, "-c", MAKE, work, str(args.layers)], cwd=ROOT, check=True)
+        values(work / "fp8", args.rounds)
+        layout(work / "fp8-72b", args.rounds)
+
+
+# In a process of its own: what torch takes there must not count as the peak of a child that begins as this one's copy.
+MAKE = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = {sys.path[:2]!r}
+from make_checkpoint import PRESETS, make_checkpoint
+from make_quantized import make_quantized
+work, layers = Path(sys.argv[1]), int(sys.argv[2])
+one = "export.shard_size=5GB"
+make_quantized(make_checkpoint(work / "bf16", layers=layers, sparse=True, **{SHAPE!r}), work / "fp8", one)
+make_quantized(make_checkpoint(work / "bf16-72b", **PRESETS["72b"]), work / "fp8-72b", one, sparse=True)
+"""
+
+
+def values(folder: Path, rounds: int) -> None:
+    """cat, a scan with digests and one without, turn about."""
+    files = sorted(folder.glob("*.safetensors"))
+    nbytes = sum(f.stat().st_size for f in files)
+    record = (folder / RECORD).read_bytes()
+    commands = {"cat": ["cat", *map(str, files)], "validate, with digests": [*VALIDATE, str(folder)]}
+    commands["validate, without"] = commands["validate, with digests"]
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    measure(commands["cat"])  # brings the files into the cache
+    for _ in range(rounds):
+        for name, command in commands.items():
+            (folder / RECORD).unlink(missing_ok=True)
+            if name == "validate, with digests":
+                (folder / RECORD).write_bytes(record)
+            found[name].append(measure(command))
+    cat = min(wall for wall, _ in found["cat"])
+    print(f"values: {nbytes / 1e9:.2f} GB in {len(files)} files, {os.cpu_count()} CPUs, {rounds} rounds")
+    for name, runs in found.items():
+        wall = min(wall for wall, _ in runs)
+        print(f"  {name}: {wall:.2f} s, {nbytes / wall / 1e9:.1f} GB/s, {cat / wall:.2f} of cat, {peak(runs):.0f} MB")
+
+
+def layout(folder: Path, rounds: int) -> None:
+    """The whole process, headers and index of a 72B included."""
+    files = sorted(folder.glob("*.safetensors"))
+    nbytes = sum(f.stat().st_size for f in files)
+    runs = [measure([*VALIDATE, str(folder), "--no-values"]) for _ in range(rounds)]
+    print(f"layout: {nbytes / 1e9:.0f} GB in {len(files)} sparse files")
+    print(f"  validate --no-values: {min(wall for wall, _ in runs):.2f} s, {peak(runs):.0f} MB")
+
+
+def peak(runs: list[tuple[float, int]]) -> float:
+    """The largest of all rounds, in MB."""
+    return max(rss for _, rss in runs) / 1e6
+
+
+def measure(command: list[str]) -> tuple[float, int]:
+    """(wall seconds, peak RSS in bytes) of one run. This process is small, so the child's peak is its own."""
+    start = time.perf_counter()
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    wall = time.perf_counter() - start
+    if status != 0:
+        raise SystemExit(f"{command[:4]} ended with {os.waitstatus_to_exitcode(status)}")
+    return wall, usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The validator against the real vLLM, over the whole corpus: prints where they agree, by class of fault.
+
+    cd tests && python -m corpus.agreement [PATTERN ...]        # exits with 1 where they disagree
+
+vLLM's side is what tests/server/record_behavior.py recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from corpus import derived
+from corpus.mutants import Mutant, mutants
+
+TABLE = Path(__file__).parents[1] / "data/behavior-vllm-0.32.json"
+LABELS = ("refused", "wrong", "degraded", "harmless")
+Said = Literal["error", "warning", "nothing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """vLLM's label of a mutant with its evidence, and what the validator said: its worst severity, and its findings' codes."""
+
+    mutant: Mutant
+    label: str
+    evidence: Mapping[str, Any]
+    said: Said
+    findings: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Errors for what is refused or wrong, at least a warning for what is degraded, no error for what is harmless."""
+        match self.label:
+            case "refused" | "wrong":
+                return self.said == "error"
+            case "degraded":
+                return self.said != "nothing"
+            case _:
+                return self.said != "error"
+
+
+def read_table() -> dict[str, dict[str, Any]]:
+    """{mutant's name: {label, evidence}}, as recorded."""
+    rows: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))["mutants"]
+    return rows
+
+
+def judge(chosen: Iterable[Mutant], work: Path) -> list[Verdict]:
+    """Validates each mutant, with what it needs to be seen: the source, or the record in ckptq.json, which is removed elsewhere.
+
+    Mutants are made one after the other in `work`.
+    """
+    table = read_table()
+    verdicts = []
+    for mutant in chosen:
+        good = work / mutant.base
+        if not good.exists():
+            derived.make(mutant.base, good)
+        folder = work / "mutant"
+        shutil.copytree(good, folder)
+        mutant.edit(folder)
+        said, findings = validated(folder, mutant)
+        shutil.rmtree(folder)
+        row = table[mutant.name]
+        verdicts.append(Verdict(mutant, row["label"], {k: v for k, v in row.items() if k != "label"}, said, findings))
+    return verdicts
+
+
+def validated(folder: Path, mutant: Mutant) -> tuple[Said, tuple[str, ...]]:
+    """(worst severity, codes). A refusal to judge counts as an error: the command ends with 2."""
+    from ckptq.errors import CkptqError
+    from ckptq.validate import validate_folder
+
+    if mutant.needs != "record":
+        (folder / "ckptq.json").unlink(missing_ok=True)
+    try:
+        found = validate_folder(folder, source=derived.source(mutant.base) if mutant.needs == "source" else None)
+    except CkptqError as problem:
+        return "error", (f"{type(problem).__name__}: {str(problem).replace(str(folder), 'FOLDER')[:160]}",)
+    said: Said = "error" if any(f.severity == "error" for f in found) else "warning" if found else "nothing"
+    return said, tuple(f"{f.severity} {f.code} {f.subject}" for f in found)
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """Lines of text: how many agree, by class of fault and by label."""
+    cells = Counter((v.mutant.fault, v.label, v.agrees) for v in verdicts)
+    faults = list(dict.fromkeys(v.mutant.fault for v in verdicts))
+
+    def row(name: str, count: Any) -> str:
+        return f"{name:<44}" + "".join(f"{count(label):>14}" for label in LABELS)
+
+    def agreed(names: Sequence[str], label: str) -> str:
+        yes, no = (sum(cells[name, label, agrees] for name in names) for agrees in (True, False))
+        return f"{yes} of {yes + no}" if yes + no else "-"
+
+    lines = [row("validator agrees with vLLM, where it is", lambda label: label)]
+    lines += [row(fault, lambda label, fault=fault: agreed([fault], label)) for fault in faults]
+    lines += [row(f"all: {len(faults)} classes, {len(verdicts)} mutants", lambda label: agreed(faults, label))]
+    return "\n".join(lines)
+
+
+def disagreements(verdicts: Iterable[Verdict]) -> list[str]:
+    return [
+        f"{v.mutant.name}: vLLM {v.label} {json.dumps(dict(v.evidence))[:500]}; validator says {v.said}: {list(v.findings)[:6]}"
+        for v in verdicts
+        if not v.agrees
+    ]
+
+
+def main(patterns: Sequence[str]) -> int:
+    chosen = [m for m in mutants() if not patterns or any(fnmatchcase(m.name, p) for p in patterns)]
+    with tempfile.TemporaryDirectory(prefix="ckptq-agreement-") as work:
+        verdicts = judge(chosen, Path(work))
+    print(table(verdicts))
+    print(*(bad := disagreements(verdicts)), sep="\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""The validator says of every mutant of the corpus what the real vLLM makes of it. The table of agreement is printed.
+
+    pytest tests/test_agreement.py -s                       # without a server: vLLM's side is recorded in tests/data
+    pytest tests/test_agreement.py -m server -s             # records a part of it again
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from corpus import derived
+from corpus.agreement import Verdict, disagreements, judge, read_table, table, validated
+from corpus.mutants import Mutant, mutants
+from server import record_behavior
+
+EVERY = tuple(mutants())
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[Verdict]:
+    found = judge(EVERY, tmp_path_factory.mktemp("mutants"))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n" + table(found))
+    return found
+
+
+def test_the_validator_agrees_with_vllm(verdicts: list[Verdict]) -> None:
+    """Errors for what vLLM refuses or serves wrong, at least a warning for what it serves worse, no error for the rest."""
+    assert disagreements(verdicts) == []
+
+
+def test_the_corpus_is_as_large_as_it_should_be() -> None:
+    labels = {name: row["label"] for name, row in read_table().items()}
+    assert set(labels) == {m.name for m in EVERY}, "record what is new: tests/server/record_behavior.py"
+    faults = {m.fault for m in EVERY if not m.near_miss and labels[m.name] != "harmless"}
+    assert faults == {m.fault for m in EVERY}, "classes of fault that vLLM does not mind"
+    assert len(faults) >= 40
+    assert sum(labels[m.name] != "harmless" for m in EVERY) >= 200
+    assert set(labels.values()) == {"refused", "wrong", "degraded", "harmless"}
+
+
+def test_every_fault_has_a_near_miss_and_near_misses_are_harmless() -> None:
+    labels = {name: row["label"] for name, row in read_table().items()}
+    assert {m.fault for m in EVERY if m.near_miss} == {m.fault for m in EVERY}
+    assert [m.name for m in EVERY if m.near_miss and labels[m.name] != "harmless"] == []
+
+
+@pytest.mark.parametrize("name", derived.names())
+@pytest.mark.parametrize("needs", [None, "source"])
+def test_good_exports_have_no_errors(name: str, needs: str | None, tmp_path: Path) -> None:
+    """With the record of ckptq.json, too, where there is one; and for KV scales that are declared and absent, a warning."""
+    folder = derived.make(name, tmp_path / name)
+    said, findings = validated(folder, Mutant(name, "none", name, lambda _: None, needs=needs or "record"))
+    assert said != "error", findings
+
+
+@pytest.mark.server
+def test_vllm_does_what_was_recorded() -> None:
+    """Of each class and label one mutant, for recording all of them takes some minutes: `tests/server/record_behavior.py --check`."""
+    before = read_table()
+    sample: dict[tuple[str, str], Mutant] = {}
+    for mutant in EVERY:
+        sample.setdefault((mutant.fault, before[mutant.name]["label"]), mutant)
+    after = record_behavior.record(list(sample.values()))
+    assert record_behavior.changed(before, after) == []
+    assert Counter(row["label"] for row in after.values()).keys() == {"refused", "wrong", "degraded", "harmless"}
