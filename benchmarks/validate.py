@@ -95,7 +95,7 @@ def peak(runs: list[tuple[float, int]]) -> float:
 def measure(command: list[str]) -> tuple[float, int]:
     """(wall seconds, peak RSS in bytes) of one run. This process is small, so the child's peak is its own."""
     start = time.perf_counter()
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.perf_counter() - start
     if status != 0:

@@ -153,7 +153,9 @@ def _validated(checkpoint: str, asked: Asked, python: Path, console: Console) ->
     if asked.load:
         from ckptq.validators import vllm_load
 
-        served = vllm_load.load(opened.root, python, generate=asked.generate)
+        with console.stage("server", 1) as advance:
+            served = vllm_load.load(opened.root, python, generate=asked.generate)
+            advance(1)
         findings = group([*findings, *served.findings])
     checked = tuple(Checked(what, *amount, console.seconds[what]) for what, amount in console.amounts.items())
     facts = {key: value for key, value in asdict(served).items() if key != "findings"} if served else None

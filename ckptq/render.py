@@ -101,6 +101,8 @@ def show_report(console: Console, report: Report) -> None:
     ]
     console.table("Done", ("", ""), rows)
     console.show(f"serve it: {_serve(report.output)}")  # a line of its own: a table would fold a long path
+    if report.findings:
+        console.show("")
     show_findings(console, report.findings)
 
 

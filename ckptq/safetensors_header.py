@@ -18,6 +18,8 @@ from ckptq.json_file import parse, short
 
 HEADER_LIMIT = 100_000_000
 """safetensors 0.8.0 src/tensor.rs MAX_HEADER_SIZE."""
+NAME_LIMIT = 1000
+"""Characters of a tensor's name. safetensors has no such limit; the longest that are published have some 150."""
 RANK_LIMIT = 64
 """NumPy's. safetensors has none."""
 _SIZE_LIMIT = 1 << 63
@@ -121,6 +123,8 @@ def check_header(name: str, raw: Any, *, start: int, size: int) -> Header:
     for key, value in raw.items():
         if key == "__metadata__":
             continue
+        if len(key) > NAME_LIMIT:
+            raise SourceError(f"{file}: {printable(key)}: expected a name of at most {NAME_LIMIT} characters, found {len(key)}")
         spec, begin, end = _entry(file, key, value)
         if end - begin != spec.nbytes:
             raise SourceError(

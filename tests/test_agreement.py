@@ -1,7 +1,7 @@
 """The validator says of every mutant of the corpus what the real vLLM makes of it. The table of agreement is printed.
 
-    pytest tests/test_agreement.py -s                       # without a server: vLLM's side is recorded in tests/data
-    pytest tests/test_agreement.py -m server -s             # records a part of it again
+pytest tests/test_agreement.py -s                       # without a server: vLLM's side is recorded in tests/data
+pytest tests/test_agreement.py -m server -s             # records a part of it again
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_good_exports_have_no_errors(name: str, needs: str | None, tmp_path: Pat
 
 @pytest.mark.server
 def test_vllm_does_what_was_recorded() -> None:
-    """Of each class and label one mutant, for recording all of them takes some minutes: `tests/server/record_behavior.py --check`."""
+    """Of each class and label one mutant. For all of them, which takes minutes: `tests/server/record_behavior.py --check`."""
     before = read_table()
     sample: dict[tuple[str, str], Mutant] = {}
     for mutant in EVERY:

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ckptq.checkpoint import INDEX
 from ckptq.console import Console
-from ckptq.convert import convert, prepare
+from ckptq.convert import Report, convert, prepare
+from ckptq.errors import DataError, SourceError
+from ckptq.numerics import fp8
 from ckptq.recipe import load_recipe
 from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.validate import validate_folder
@@ -124,3 +128,56 @@ def test_equal_runs_write_equal_folders(example_model: Path, tmp_path: Path) -> 
     one, another = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "another"))
     assert one == another
     assert not any(str(tmp_path).encode() in content for content in one.values())
+
+
+# The validator before the arithmetic and after it
+
+
+def add_tensor(model: Path, name: str) -> None:
+    index = json.loads((model / INDEX).read_text())
+    file = model / max(index["weight_map"].values())
+    save_file(load_file(file) | {name: torch.ones(1)}, file, metadata={"format": "pt"})
+    index["weight_map"][name] = file.name
+    (model / INDEX).write_text(json.dumps(index))
+
+
+def start(model: Path, output: Path, console: Console) -> Report:
+    recipe = load_recipe("demo", ["calibration.samples=2"], model=str(model), output=str(output))
+    return convert(prepare(recipe), resume=False, device="cpu", memory=None, console=console)
+
+
+def test_a_plan_that_would_not_be_served_right_costs_no_arithmetic(copy_model: Callable[[Path], Path], tmp_path: Path) -> None:
+    add_tensor(model := copy_model(tmp_path), "visual.blocks.0.attn.k_proj.k_scale")
+    console = Console(quiet=True)
+    with pytest.raises(DataError, match=r"planned output would not be served right:\n  - layout\.kv-on-tower: visual") as caught:
+        start(model, tmp_path / "out", console)
+    assert "KeyError: 'blocks.0.attn.k_proj.k_scale'" in str(caught.value)
+    assert console.seconds == {}, "a stage ran"
+    assert not (tmp_path / "out").exists()
+
+
+def test_warnings_of_the_plan_are_told_before_anything_runs(
+    copy_model: Callable[[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    add_tensor(model := copy_model(tmp_path), "lm_head.bias")  # transformers is stricter with it than the server
+    with pytest.raises(SourceError, match=r"config\.json describes has no lm_head\.bias"):
+        start(model, tmp_path / "out", Console())
+    first, second, *_ = capfd.readouterr().err.splitlines()
+    assert first.startswith("warning: of the planned output: layout.unknown-tensor: lm_head.bias: stored: vLLM has no place ")
+    assert second.startswith("scan: ")
+
+
+def test_an_output_that_would_not_be_served_right_is_not_published(
+    example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fp8.encode
+
+    def zeros(values: Tensor, scale: float, scratch: Tensor, codes: Tensor) -> None:
+        real(values, scale, scratch, codes)
+        codes.zero_()
+
+    monkeypatch.setattr(fp8, "encode", zeros)
+    with pytest.raises(DataError, match=r"failed validation and was not published:\n  - passthrough\.weight-error: model\.layers"):
+        start(example_model, tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not list((tmp_path / "out").glob("*.safetensors"))

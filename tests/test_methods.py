@@ -400,9 +400,10 @@ def test_older_versions_try_no_expression_on_a_fused_name() -> None:
         (quark(export={}), "kv_cache_group"),
     ],
 )
-def test_a_section_that_the_server_misreads_is_an_error_at_its_key(section: Section, subject: str) -> None:
+def test_a_section_that_the_server_misreads_is_found_at_its_key(section: Section, subject: str) -> None:
     method = find_method(section["quant_method"])
     assert method is not None
-    findings = [f for f in method.check(section, "config.json: quantization_config", DEFAULT) if f.severity == "error"]
-    assert len(findings) == 1
-    assert findings[0].subject.endswith(subject)
+    (finding,) = method.check(section, "config.json: quantization_config", DEFAULT)
+    assert finding.subject.endswith(subject)
+    # Settings of some layers may be no linear's.
+    assert finding.severity == ("warning" if "layer_quant_config." in subject else "error")

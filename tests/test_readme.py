@@ -111,7 +111,10 @@ def clone(workflow: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     for name in ("Install", "Convert"):
         done = made.run(name)
         assert done.returncode == 0, done.stderr
-    shutil.rmtree(folder / "ckptq")  # what runs from here on is what was installed
+    shutil.rmtree(folder / "ckptq")
+    code = "import ckptq; print(ckptq.__file__)"
+    used = subprocess.run([sys.executable, "-c", code], cwd=folder, env=made.environment, capture_output=True, text=True)
+    assert used.stdout.strip() == str(root / "site" / "ckptq" / "__init__.py"), "what was installed is what runs"
     return made
 
 

@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -33,11 +35,13 @@ from ckptq.errors import SourceError
 from ckptq.recipe import load_recipe
 from ckptq.reports import Asked, Checked, Outcome, catalog, destinations, next_command, refused, verdict, written
 from ckptq.reports.github import command
+from ckptq.reports.human import show
 from ckptq.reports.json import data
 from ckptq.validate import group, has_errors
 from ckptq.validators import Finding, error, warning
 from ckptq.validators.codes import CATALOG
 from ckptq.validators.servers import SERVERS
+from ckptq.validators.vllm_load import Served
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-qwen2.5-vl"
@@ -53,6 +57,9 @@ HOSTILE = (
     "h" * 4500,
     "\u2028i\ufffe\x00\x7f",
 )
+
+
+ACTED_ON = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u206f]")
 
 
 def fault(subject: str, found: str = "1", code: str = "layout.shape") -> Finding:
@@ -220,7 +227,7 @@ def test_exit_codes_and_reports(name: str, code: int, folders: Mapping[str, Path
     assert bool(ran["human"].out) == (code != 2)
     for r in ran.values():
         assert ("error: " in r.err) == (code == 2), "a refusal is told on stderr, whatever the format"
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u206f]", r.out + r.err), "something a terminal acts on"
+        assert not ACTED_ON.search(r.out + r.err), "something a terminal acts on"
 
 
 def untimed(xml: str) -> str:
@@ -233,7 +240,7 @@ def check_json(said: dict[str, Any]) -> None:
 
     def close(node: Any) -> None:
         if isinstance(node, dict):
-            if "properties" in node and node is not closed["properties"]["server"]:
+            if "properties" in node:
                 node.setdefault("additionalProperties", False)
             for value in node.values():
                 close(value)
@@ -341,7 +348,7 @@ def test_the_case_this_began_with_is_explained(folders: Mapping[str, Path], vali
         (["--report", "json=no/where/x.json"], "can't be written: there is no folder no/where"),
         (["--vllm", "0.1"], "--vllm 0.1: the rules of this version are not known; known: " + ", ".join(SERVERS)),
         (["--tp", "0"], "Invalid value for '--tp'"),
-        (["--vllm-python", "no/python", "--load"], "can't be started"),
+        (["--vllm-python", "no/python", "--load"], "no program that can be run"),
     ],
 )
 def test_options_that_are_wrong(options: list[str], problem: str, folders: Mapping[str, Path], validate: Run) -> None:
@@ -397,6 +404,12 @@ def test_colors_on_a_terminal_alone(folders: Mapping[str, Path], validate: Run) 
 # --- anything at all, in every format ---
 
 ANYTHING = st.text(st.characters(), max_size=30) | st.sampled_from(HOSTILE)
+
+
+def facts(served: Served) -> dict[str, Any]:
+    return {key: value for key, value in asdict(served).items() if key != "findings"}
+
+
 FINDINGS = st.builds(
     Finding,
     code=st.sampled_from([*sorted(CATALOG)[:5], "values.not-finite"]),
@@ -414,7 +427,8 @@ OUTCOMES = st.builds(
     asked=st.builds(Asked, values=st.booleans(), strict=st.booleans(), load=st.booleans()),
     findings=st.lists(FINDINGS, max_size=4).map(tuple),
     checked=st.just((Checked("layout", 225, "tensors", 0.25),)),
-    served=st.none() | st.fixed_dictionaries({"version": st.just("0.32.0"), "text": ANYTHING, "seconds": st.floats()}),
+    served=st.none()
+    | st.builds(Served, findings=st.just(()), version=st.just("0.32.0"), load_seconds=st.floats(), text=ANYTHING).map(facts),
 ) | st.builds(lambda message: refused("somewhere", Asked(), SourceError(message, hint=message)), ANYTHING)
 
 
@@ -426,6 +440,9 @@ def test_any_name_in_any_format(outcome: Outcome) -> None:
     assert said == json.loads(json.dumps(data(outcome)))
     check_junit(written("junit", outcome), said)
     check_github(written("github", outcome), said)
+    with redirect_stdout(StringIO()) as shown:
+        show(Console(), outcome)
+    assert not ACTED_ON.search(shown.getvalue())
     for format in ("json", "junit", "github"):
         text = written(format, outcome)
         assert "##[" not in text

@@ -26,6 +26,7 @@ from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.validate import validate_folder, validate_plan
 from ckptq.validators import Finding
 from ckptq.validators.rounding import as_float32, decode
+from ckptq.validators.servers import find_server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-qwen2.5-vl"
@@ -427,7 +428,7 @@ MUTANTS: dict[str, tuple[Mutation, str, str]] = {
     "silent: consolidated": (write("consolidated.safetensors"), "files.consolidated", "error"),
     "silent: another safetensors and no index": (
         lambda folder: save_file({"x": f32(1.0)}, folder / "old.safetensors"),
-        "files.stray-safetensors",
+        "layout.unknown-tensor",
         "error",
     ),
     "pytorch weights": (write("pytorch_model.bin"), "files.weight-copy", "warning"),
@@ -532,6 +533,24 @@ NEAR_MISSES: dict[str, Mutation] = {
 def test_harmless_changes_stay_clean(copy: Path, mutation: Mutation) -> None:
     mutation(copy)
     assert validate_folder(copy) == []
+
+
+# --- versions of the server ---
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"), [("model.extra", True), (f"{L0}mlp.extra", True), (f"{Q}.extra", False), ("visual.extra", False)]
+)
+def test_an_old_server_drops_what_it_does_not_know(copy: Path, name: str, dropped: bool) -> None:
+    put(name, lambda _: f32(1.0))(copy)
+    assert [f.severity for f in validate_folder(copy)] == ["error"]
+    assert [f.severity for f in validate_folder(copy, server=find_server("0.20"))] == ["warning" if dropped else "error"]
+
+
+def test_an_old_server_passes_over_a_tied_head(copy: Path) -> None:
+    config(lambda c: c.update(tie_word_embeddings=True))(copy)
+    assert validate_folder(copy) == []
+    assert [f.code for f in validate_folder(copy, server=find_server("0.26"))] == ["layout.tied-head"]
 
 
 # --- what findings look like ---
@@ -676,7 +695,7 @@ def test_progress_counts_every_byte(good: Path) -> None:
     inventory = read_inventory(good)
     for run in (
         lambda advance: list(values.check(good, inventory.main, SCOPE, advance)),
-        lambda advance: list(passthrough.check(inventory, read_inventory(EXAMPLE), advance)),
+        lambda advance: list(passthrough.check(inventory, read_inventory(EXAMPLE), SCOPE, advance)),
     ):
         seen: list[int] = []
         assert run(seen.append) == []

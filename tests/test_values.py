@@ -60,18 +60,19 @@ BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 @given(
     dtype=st.sampled_from(sorted(BITS)),
     numel=st.integers(0, 700),
+    least=st.integers(0, 1),
     seed=st.integers(0, 2**32 - 1),
     sizes=st.sampled_from([(64, 128), (64, 1 << 20), (1 << 20, 1 << 26)]),
 )
 def test_a_pass_sees_what_numpy_sees(
-    tmp_path_factory: pytest.TempPathFactory, dtype: str, numel: int, seed: int, sizes: tuple[int, int]
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, numel: int, least: int, seed: int, sizes: tuple[int, int]
 ) -> None:
     """Neighbors in the file, pieces and parts of any size: none of them may show."""
     folder = tmp_path_factory.mktemp("scan")
     random = np.random.default_rng(seed)
     width = BITS[dtype] // 8
     names = ["a_scale", "b", "x.weight_scale"]
-    data = {name: random.integers(0, 256, numel * width + at * width, np.uint8) for at, name in enumerate(names)}
+    data = {name: random.integers(0, 256, numel * width + least * at * width, np.uint8) for at, name in enumerate(names)}
     tensors, offset = {}, 3
     for name, raw in data.items():
         tensors[name] = SourceTensor(TensorSpec(name, dtype, (len(raw) // width,)), "f", offset)

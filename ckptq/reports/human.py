@@ -62,25 +62,33 @@ def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "checked", ", ".join(_checked(outcome)) or "nothing"
     if missing := skipped(outcome):
         yield "unchecked", ", ".join(f"{_GROUPS[group]} ({why.removeprefix('needs ')})" for group, why in missing.items())
-    served = outcome.served or {}
-    if served.get("version"):
-        took = f" in {duration(served['load_seconds'])}" if isinstance(served.get("load_seconds"), int | float) else ""
-        yield "server", f"vLLM {served['version']} loaded it as {served.get('quantization')}{took}"
-        if served.get("text"):
-            yield "", f"and goes on from the prompt with {served['text']!r}"
+    if outcome.served and outcome.served["version"]:
+        yield from _served(outcome.served)
     if outcome.ok:
         yield "next", next_command(outcome)
+
+
+def _served(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the real server did; why it stopped is a finding."""
+    how = f"as {served['quantization'] or 'unquantized'}, KV cache {served['kv_cache_dtype']}"
+    took = f"{how}, in {duration(served['load_seconds'])}" if served["load_seconds"] else "to no end"
+    yield "server", f"vLLM {served['version']} on {served['platform']} loaded it {took}"
+    if served["stand_ins"]:
+        yield "", f"with stand-ins for what this vLLM lacks: {', '.join(served['stand_ins'])}"
+    if served["text"]:
+        yield "", f"after the prompt it goes on with {served['text']!r}"
+    for text in served["image_texts"]:
+        yield "", f"after an image with {text!r}"
 
 
 def _checked(outcome: Outcome) -> Iterator[str]:
     """Stages with what they looked at, then the checks that are no stages."""
     for c in outcome.checked:
-        yield f"{_GROUPS.get(c.what, c.what)} ({amount(c.amount, c.unit)})"
+        much = f" ({amount(c.amount, c.unit)})" if c.what != "server" else ""
+        yield _GROUPS.get(c.what, c.what) + much
     asked = outcome.asked
     if asked.tp > 1 or asked.ep:
         yield f"{_GROUPS['parallel']} ({' '.join([f'--tp {asked.tp}', *(['--ep'] if asked.ep else [])])})"
-    if asked.load:
-        yield _GROUPS["server"]
 
 
 def _method(built: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from ckptq.errors import SourceError, UnsupportedError
 
-MOST_LAYERS, MOST_EXPERTS = 4096, 4096
-"""More than any model has: a config.json that says otherwise must not make anybody count that far."""
+MOST_LAYERS, MOST_EXPERTS, MOST_IN_ALL = 4096, 4096, 100_000
+"""Layers, experts of a layer and experts of all layers: more than any model has: a config.json that says otherwise must not make anybody count that far."""
 
 
 Split = Literal["heads", "rows", "columns", "none"]
@@ -153,6 +153,8 @@ class Scope:
         count = text.get(key)
         if type(count) is not int or not 0 <= count <= MOST_EXPERTS:
             raise SourceError(f"config.json: {key} should be an integer up to {MOST_EXPERTS}, found {count!r:.80}")
+        if count * self.layer_count(config) > MOST_IN_ALL:
+            raise SourceError(f"config.json: {key} {count} in {self.layer_count(config)} layers: expected {MOST_IN_ALL} at most")
         dense, step = text.get(self.experts.dense_layers) or (), text.get(self.experts.step, 1)
         if (isinstance(dense, list) and layer in dense) or (isinstance(step, int) and step > 1 and (layer + 1) % step):
             return 0

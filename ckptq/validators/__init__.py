@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ckptq.checkpoint import TensorSpec
 
 Severity = Literal["error", "warning"]
+_LONGEST = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,17 @@ class Stored:
 
 def error(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:
     """A finding that means wrong answers or no load."""
-    return Finding(code, "error", subject, expected, found, effect, mend)
+    return Finding(code, "error", *map(_clipped, (subject, expected, found, effect, mend)))
 
 
 def warning(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:
     """A finding that means: works, but is fragile or lossy."""
-    return Finding(code, "warning", subject, expected, found, effect, mend)
+    return Finding(code, "warning", *map(_clipped, (subject, expected, found, effect, mend)))
+
+
+def _clipped(text: str) -> str:
+    """`text`, or its beginning: a configuration's value may be as long as its file, and stand in many findings."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckptq.errors import UnsupportedError
+from ckptq.errors import SourceError, UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, Stored, error, warning
 from ckptq.validators.methods import Method, Settings, find_method, known
@@ -23,6 +23,8 @@ CODES = {
 
 SECTION = "config.json: quantization_config"
 OTHER = "hf_quant_config.json"
+_MOST, _LONGEST = 200_000, 4096
+"""Values in a section, and characters of each."""
 # vLLM 0.32.0 model_executor/layers/quantization/__init__.py, without what methods/ has.
 _UNCHECKED = frozenset(
     {
@@ -65,6 +67,7 @@ def check(stored: Stored, scope: Scope, server: Server) -> Iterator[Finding]:
         )  # fmt: skip
         return
     section, file = found
+    _refuse_large(section, file)
     name, method = _method(section, file)
     if method is None:
         yield error(
@@ -90,6 +93,20 @@ def settings(stored: Stored, scope: Scope, server: Server) -> Settings | None:
     section, file = found
     _, method = _method(section, file)
     return method.read(section, file, server) if method else None
+
+
+def _refuse_large(section: Mapping[str, Any], file: str) -> None:
+    """Raises SourceError where matching the section's names would take hours. Real ones have some thousands, one for a module."""
+    count, inside = 0, [section]
+    while inside:
+        level = [v for outer in inside for v in (outer.values() if isinstance(outer, Mapping) else outer)]
+        keys = [key for outer in inside if isinstance(outer, Mapping) for key in outer]
+        if any(isinstance(v, str) and len(v) > _LONGEST for v in (*keys, *level)):
+            raise SourceError(f"{file}: expected texts of at most {_LONGEST} characters, found a longer one")
+        count += len(level)
+        inside = [v for v in level if isinstance(v, (Mapping, list))]
+        if count > _MOST:
+            raise SourceError(f"{file}: expected at most {_MOST} values, found more")
 
 
 def _method(section: Mapping[str, Any], file: str) -> tuple[str, Method | None]:

@@ -11,7 +11,10 @@ from ckptq.scopes import Scope
 from ckptq.validators import Stored
 from ckptq.validators.formats import Format
 from ckptq.validators.methods import Settings, Treatment, find_method
-from ckptq.validators.vllm_rules import Parameter, ServerLinear, parameters, server_linears
+from ckptq.validators.vllm_rules import Parameter, ServerLinear, is_tied, parameters, server_linears
+
+_MOST_MATCHES, _MOST_PASSES = 10_000_000, 200_000
+"""Pairs of a linear and an entry; a server has some thousand linears at most, a list some hundred entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class Expected:
     parameters  every tensor but scales that the server reads, by the checkpoint's name
     linears     by checkpoint module: each shard of a fused linear points at the whole
     built       by server prefix
+    tied        whether lm_head may lean on the embeddings
     """
 
     scope: Scope
@@ -29,6 +33,7 @@ class Expected:
     parameters: Mapping[str, Parameter]
     linears: Mapping[str, ServerLinear]
     built: Mapping[str, Treatment]
+    tied: bool
 
     def format_of(self, module: str) -> Format | None:
         """How the server stores this linear, or None where it is not quantized, or no linear."""
@@ -47,20 +52,29 @@ def expect(stored: Stored, scope: Scope, settings: Settings) -> Expected:
         {p.name: p for p in parameters(scope, stored.config, stored.tensors)},
         {module: linear for linear in linears for module in linear.shards},
         treatments(linears, scope, settings),
+        is_tied(scope, stored.config),
     )
 
 
 def treatments(linears: tuple[ServerLinear, ...], scope: Scope, settings: Settings) -> dict[str, Treatment]:
-    """How each linear is built, by the server's name for it."""
+    """How each linear is built, by the server's name for it. Raises SourceError for a list that would take hours to match."""
     method = find_method(settings.method)
     assert method is not None  # settings come from a method
+    places = len({linear.prefix for linear in linears})
+    if places * len(settings.exclude) > _MOST_MATCHES:
+        raise SourceError(f"{settings.file}.{settings.key}: {len(settings.exclude)} entries against {places} linears: too many to match")
     treat = method.matcher(settings, scope)
     return {linear.prefix: treat(linear) for linear in linears}
 
 
 def idle_entries(at: Expected) -> tuple[str, ...]:
-    """The entries of the exclude list that, taken alone, keep nothing which would be quantized without them."""
+    """The entries of the exclude list that, taken alone, keep nothing which would be quantized without them.
+
+    Of a long list nothing is said: it takes a pass over the linears for each entry.
+    """
     linears = tuple(dict.fromkeys(at.linears.values()))
+    if len(linears) * len(at.settings.exclude) > _MOST_PASSES:
+        return ()
     without = treatments(linears, at.scope, dataclasses.replace(at.settings, exclude=()))
     reachable = tuple(linear for linear in linears if without[linear.prefix] != "kept")
 

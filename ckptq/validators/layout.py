@@ -26,6 +26,10 @@ CODES = {
         "the exclude list names some shards of a fused linear",
         f"{_QUANT}/utils/quant_utils.py is_layer_skipped, compressed_tensors/utils.py should_ignore_layer",
     ),
+    "layout.no-scheme": Code(
+        "settings for which the server has no method, for a linear or for routed experts",
+        f"{_QUANT}/quark/quark.py, compressed_tensors/compressed_tensors_moe get_moe_method",
+    ),
     "layout.missing-tensor": Code("a tensor that the server reads is not stored", _LOADER),
     "layout.missing-scale": Code(
         "a quantized linear lacks a scale",
@@ -48,6 +52,7 @@ CODES = {
 
 SCALE_KINDS = ("weight_scale", "weight_scale_inv", "input_scale")
 _ROUNDED = ("BF16", "F16")
+_SHOWN = 5
 
 
 def check(at: Expected) -> Iterator[Finding]:
@@ -62,17 +67,14 @@ def check(at: Expected) -> Iterator[Finding]:
 def _idle(at: Expected) -> str:
     """What to say of entries of the exclude list that reach nothing; those for embeddings never do."""
     entries = [entry for entry in idle_entries(at) if "embed" not in entry]
-    return f"; its entries {', '.join(map(repr, entries))} reach no linear" if entries else ""
+    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+    return f"; its entries {', '.join(map(repr, entries[:_SHOWN]))}{more} reach no linear" if entries else ""
 
 
 def _linear(linear: ServerLinear, at: Expected, idle: Callable[[], str]) -> Iterator[Finding]:
     built = at.built[linear.prefix]
     if built == "refused":
-        yield error(
-            "layout.split-exclude", linear.prefix, f"all shards of a fused linear in {at.settings.key}, or none",
-            "some of " + ", ".join(m.rpartition(".")[2] for m in linear.shards),
-            "vLLM raises: the shards of one linear would be built in different ways", "list every shard, or none",
-        )  # fmt: skip
+        yield _refused(linear, at)
         return
     narrow = [module for module in linear.shards if _is_fp8(at.tensors.get(f"{module}.weight"))]
     scales = [name for m in linear.shards for kind in SCALE_KINDS if (name := f"{m}.{kind}") in at.tensors]
@@ -93,6 +95,21 @@ def _linear(linear: ServerLinear, at: Expected, idle: Callable[[], str]) -> Iter
         for module in linear.shards:
             yield from _quantized_shard(module, linear, built, at)
         yield from _shard_width(linear, at)
+
+
+def _refused(linear: ServerLinear, at: Expected) -> Finding:
+    if len(linear.shards) == 1 or linear.part == "experts":
+        return error(
+            "layout.no-scheme", linear.prefix, "settings that vLLM has a method for, the same for all that it builds as one",
+            f"others, in {at.settings.file}", "vLLM raises when it builds this linear",
+            "quantize it in a way that vLLM serves, or exclude it",
+        )  # fmt: skip
+    return error(
+        "layout.split-exclude", linear.prefix,
+        f"all shards of a fused linear in {at.settings.key}, or none, and the same settings for them",
+        "some of " + ", ".join(m.rpartition(".")[2] for m in linear.shards),
+        "vLLM raises: the shards of one linear would be built in different ways", "list every shard, or none",
+    )  # fmt: skip
 
 
 def _is_fp8(spec: TensorSpec | None) -> bool:
@@ -174,15 +191,15 @@ def scale_dtype(spec: TensorSpec, *, rounded: bool = True) -> Iterator[Finding]:
                 "layout.scale-dtype", spec.name, "F32", spec.dtype, f"vLLM widens it, but it was rounded to {spec.dtype} before",
                 "store it as F32",
             )  # fmt: skip
+    elif spec.dtype == "F64":
+        yield warning(
+            "layout.scale-dtype", spec.name, "F32", spec.dtype, "vLLM rounds it to F32", "store it as F32",
+        )  # fmt: skip
     elif spec.dtype != "F32":
         yield error(
-            "layout.scale-dtype",
-            spec.name,
-            "F32",
-            spec.dtype,
-            "vLLM would convert the number and not see a fault",
+            "layout.scale-dtype", spec.name, "F32", spec.dtype, "vLLM would convert the number and not see a fault",
             "store it as F32",
-        )
+        )  # fmt: skip
 
 
 def stray(name: str, why: str) -> Finding:

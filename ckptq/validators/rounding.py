@@ -173,7 +173,7 @@ def _scale_over(table: F32, grid: Grid, top: int, bottom: int, left: int, right:
 
     if grid.high == 1:
         return table[top:bottom, :1]
-    line = table[top // grid.high]
+    line: F32 = table[top // grid.high]
     if grid.wide >= grid.columns:
         return line[:1]
     first = left // grid.wide

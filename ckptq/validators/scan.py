@@ -158,7 +158,7 @@ def _jobs(component: Component) -> Iterator[_Job]:
 def _look(job: _Job, reader: Reader, buffer: memoryview, scratch: Bytes, digests: bool) -> list[tuple[Seen, bytes]]:
     """(what was seen, digest or b"") of each tensor, or of the part of the one."""
     first = job.tensors[0]
-    if len(job.tensors) == 1:
+    if first.spec.nbytes > CHUNK:
         return [_look_at_part(first, job, reader, buffer, scratch, digests)]
     reader.read_into(first, 0, buffer[: job.nbytes])
     found, at = [], 0

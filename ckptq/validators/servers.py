@@ -41,6 +41,9 @@ class Server:
                         model_executor/layers/quantization/utils/quant_utils.py is_layer_skipped
     fused_regex         compressed-tensors and Quark: a `re:` that matches the fused name counts; for Quark its plain name too.
                         compressed_tensors/utils.py and quark/utils.py should_ignore_layer
+    shards_before_class compressed-tensors: a target that names the shards of a fused linear counts before one that names its class;
+                        before, after it. compressed_tensors/utils.py find_matched_target
+    unreached_refused   compressed-tensors: a linear that no target reaches is refused; since, it is not quantized. The same function
     unknown_refused     a tensor of the language model that has no place is refused, not dropped. The vision tower always refuses:
                         by KeyError before, by ValueError since. model_executor/models/qwen2.py and qwen2_5_vl.py load_weights
     attn_kv_names       `self_attn.attn.k_scale` is taken; before, it was dropped.
@@ -63,6 +66,8 @@ class Server:
     head_quantized: bool
     fused_name_listed: bool
     fused_regex: bool
+    shards_before_class: bool
+    unreached_refused: bool
     unknown_refused: bool
     attn_kv_names: bool
     stored_head_counts: bool
@@ -81,6 +86,8 @@ _V20 = Server(
     head_quantized=False,
     fused_name_listed=False,
     fused_regex=False,
+    shards_before_class=False,
+    unreached_refused=True,
     unknown_refused=False,
     attn_kv_names=False,
     stored_head_counts=False,
@@ -95,6 +102,7 @@ _V26 = replace(
     algos=_ALGOS | {"W4A16_NVFP4"},
     head_quantized=True,
     fused_name_listed=True,
+    unreached_refused=False,
     unknown_refused=True,
     attn_kv_names=True,
     quark_expert_parts=True,
@@ -103,6 +111,7 @@ _V30 = replace(
     _V26,
     version="0.30",
     fused_regex=True,
+    shards_before_class=True,
     stored_head_counts=True,
     pads_block_rows=True,
     refines_moe_blocks=True,

@@ -73,7 +73,7 @@ def _config_findings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iter
         leaf, new, old = key.rpartition(".")[2], after.get(key), before.get(key)
         if NOTES.fullmatch(leaf) or new == old or (leaf == "dtype" and None in (new, old)) or (key not in before and not new):
             continue
-        changed = key in after and key in before and leaf != "dtype"
+        changed = None not in (new, old) and leaf != "dtype"
         yield (error if changed else warning)(
             "passthrough.config", f"config.json: {key}", _shown(before, key), _shown(after, key),
             "vLLM builds the model from it: only quantization_config may be added", "take the rest of config.json over",

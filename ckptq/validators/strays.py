@@ -14,6 +14,7 @@ _LOADER = "vLLM 0.32.0 model_executor/models/utils.py AutoWeightsLoader._load_mo
 CODES = {
     "layout.unknown-tensor": Code("a stored tensor that the server has no place for", _LOADER),
     "layout.kv-on-tower": Code("KV scales outside the language model", _LOADER),
+    "layout.tied-head": Code("an lm_head beside a flag that ties it to the embeddings", "vLLM 0.26 models/qwen2.py load_weights"),
 }
 # Dropped without harm: AutoWeightsLoader skips rotary caches, QuantizationConfig what attention quantization leaves behind.
 _DROPPED = ("rotary_emb.inv_freq", ".g_idx", ".q_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point")
@@ -36,15 +37,25 @@ def check(at: Expected) -> Iterator[Finding]:
                 "vLLM has no place for this bias and drops it silently, so the linear computes something else", "check config.json",
             )  # fmt: skip
         elif not name.endswith(_DROPPED):
-            yield error(
-                "layout.unknown-tensor",
-                name,
-                "no such tensor, by config.json and the server's names",
-                "stored",
-                "vLLM raises `There is no module or parameter named ...`",
+            refused = at.settings.server.unknown_refused or not _dropped_when_unknown(name, at.scope)
+            yield (error if refused else warning)(
+                "layout.unknown-tensor", name, "no such tensor, by config.json and the server's names", "stored",
+                "vLLM raises: it has no parameter of that name" if refused else "this version of vLLM drops it silently",
                 "rename it (scales are weight_scale, input_scale, k_scale, v_scale; weight_scale_inv in blocks of method fp8), "
                 "remove it, or mend config.json",
-            )
+            )  # fmt: skip
+    if at.tied and not at.settings.server.stored_head_counts and (head := at.tensors.get("lm_head.weight")):
+        yield warning(
+            "layout.tied-head", head.name, "none: tie_word_embeddings is set", "stored",
+            "this version of vLLM passes it over and takes the embeddings, which is wrong where they differ",
+            "untie the model in config.json, or remove the tensor",
+        )  # fmt: skip
+
+
+def _dropped_when_unknown(name: str, scope: Scope) -> bool:
+    """Of servers that drop what they don't know: what is in no tower, and no shard of a fused linear, which they look up."""
+    shards = {f".{shard.rpartition('.')[2]}." for fused in scope.linears for shard in fused.shards if len(fused.shards) > 1}
+    return _tower(name, scope) is None and not any(shard in f".{name}." for shard in shards)
 
 
 def _tower(name: str, scope: Scope) -> str | None:

@@ -218,7 +218,7 @@ def _distributed(config: Any) -> None:
 
     if current_platform.is_cpu():
         # v1/worker/cpu_model_runner.py _set_torch_accelerator_to_noop: a loader asks for them whatever the device.
-        torch.accelerator.empty_cache = torch.accelerator.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+        torch.accelerator.empty_cache = torch.accelerator.synchronize = lambda *_, **__: None
     if parallel_state.model_parallel_is_initialized():
         if parallel_state._EP is not None or not config.model_config.is_moe:
             return

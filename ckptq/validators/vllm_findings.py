@@ -6,12 +6,11 @@ parameters were loaded is asked for unquantized ones alone, and by whole paramet
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators import Code, Finding, error, vllm_answers, warning
 from ckptq.validators.vllm_parts import KV_SCALE
 
 _LOADER = "vLLM 0.32.0 model_executor/"
@@ -30,24 +29,10 @@ CODES = {
         "vLLM's loader copied values into a dtype that changes them", _LOADER + "models/utils.py AutoWeightsLoader._load_param"
     ),
     "server.no-kernel": Code("this machine's vLLM can load the format but not compute with it"),
-    "server.not-finite": Code("a log-probability is NaN or infinite where it can't be"),
-    "server.no-distribution": Code("probabilities of different tokens sum to more than one"),
-    "server.flat": Code("every token is as likely as any other, at every position"),
-    "server.constant": Code("one token is the likeliest after every word of a text"),
-    "server.worse-than-chance": Code("a plain English text is less likely than tokens drawn at random"),
-    "server.blind": Code("two different images give the same log-probabilities"),
 }
 
 _LINES = 12
 """Lines of the server's stderr that a finding shows."""
-_FLAT = 0.01
-"""Nats: log-probabilities of all likeliest tokens this close to -ln(vocabulary) say that the logits are constant."""
-_SAME = 1e-6
-"""Nats: a first token's log-probabilities from two images that differ by less come from a tower that sees neither."""
-_SUM = 1.001
-"""Float32 log-probabilities of 20 tokens sum to no more than this."""
-_CHANCE = 2.0
-"""Nats a token: untrained models are some tenths worse than chance; what is worse by this is confident of what is wrong."""
 
 _LOADED = ("process", "engine", "generate", "done")
 _DOING = {
@@ -61,7 +46,8 @@ def timed_out(name: str, timeout: float, said: str) -> Finding:
     """`said`: what the process wrote, as far as it is kept."""
     return error(
         "server.timeout", name, "vLLM loads the checkpoint", f"not within {timeout:g} s; it said last:\n{_last(said)}",
-        "nobody knows whether it can be served", "look at what it waits for; a slow disk or a first compilation may need a longer limit",
+        "nobody knows whether it can be served",
+        "look at what it waits for; a slow disk or a first compilation may need a longer limit",
     )  # fmt: skip
 
 
@@ -88,7 +74,7 @@ def findings(trace: Mapping[str, Any], name: str, stored: Sequence[str]) -> Iter
         yield from _truncated(trace)
         yield from _casts(trace)
     if trace["generated"]:
-        yield from answers(trace["generated"])
+        yield from vllm_answers.check(trace["generated"])
 
 
 def _stopped(trace: Mapping[str, Any], name: str) -> Finding:
@@ -165,8 +151,8 @@ def _ignored(trace: Mapping[str, Any], stored: Sequence[str]) -> Iterator[Findin
         if judged is not None:
             severity, effect = judged
             yield severity(
-                "server.ignored-key", key, "a tensor that vLLM loads", "never read" if entry else "in no file that vLLM reads", effect,
-                "name it as the server does, or leave it out",
+                "server.ignored-key", key, "a tensor that vLLM loads", "never read" if entry else "in no file that vLLM reads",
+                effect, "name it as the server does, or leave it out",
             )  # fmt: skip
 
 
@@ -202,10 +188,10 @@ def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
                 if whole
                 else f"{missing['elements']} of {missing['of']} elements, in rows {first}..{end - 1}, got nothing"
             )
-            if missing["part"]:
-                found += f", for its part of the server's {'.'.join(name.split('.')[-2:])}"
+            if missing["part"] and parameter["written"]:
+                found += f", while other parts of the server's {'.'.join(name.split('.')[-2:])} got theirs"
             # Of a fused linear the largest is taken, and they are most often equal: process_weights_after_loading.
-            rest = leaf == "input_scale" and 0 < parameter["written"]
+            rest = leaf == "input_scale" and parameter["written"] > 0
             yield (warning if rest else error)(
                 "server.unwritten", names.of(name, missing["part"]), "a value for every element of the server's parameter", found,
                 "the largest of the others is taken" if rest else _left(leaf), _store(leaf),
@@ -238,7 +224,8 @@ def _kv_scales(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
     for name, written in scales.items():
         if not written:
             yield (error if some else warning)(
-                "server.unwritten", names.of(name, ""), "a scale for the FP8 KV cache", "nothing, and others have one" if some else "nothing",
+                "server.unwritten", names.of(name, ""), "a scale for the FP8 KV cache",
+                "nothing, and others have one" if some else "nothing",
                 "the other one's or 1.0 is taken, or the server stops" if some else "1.0 is taken",
                 "store k_scale and v_scale for every layer",
             )  # fmt: skip
@@ -288,77 +275,3 @@ def _cast_effect(before: str, after: str) -> str:
     if before.startswith("float8") and after.startswith("float8"):
         return "the codes are cast to another format's"
     return "the codes are taken for numbers"
-
-
-# --- what it answered ---
-
-
-def answers(generated: Mapping[str, Any]) -> Iterator[Finding]:
-    """Findings on what vllm_generate.py returned. Of two that say the same of text or images the first."""
-    vocabulary = generated["vocabulary"]
-    of_text = [*judge(_values(generated["logprobs"]), vocabulary)] or [*_of_prompt(generated)]
-    yield from of_text
-    looks = [_values(image["logprobs"]) for image in generated["images"]]
-    of_images = (
-        [*judge([place for places in looks for place in places], vocabulary, "log-probabilities after an image")] if looks else []
-    )
-    yield from of_images if not of_text else ()
-    if len(looks) == 2 and not of_images and _same(*(image["logprobs"][0] for image in generated["images"])):
-        yield error(
-            "server.blind", "log-probabilities after an image", "other ones after another image", f"the same within {_SAME:g}",
-            "it answers without seeing", "the vision tower or its projection is dead: look for zeros, NaN and missing tensors there",
-        )  # fmt: skip
-
-
-def _values(places: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    return [[*place.values()] for place in places]
-
-
-def _same(first: Mapping[str, float], second: Mapping[str, float]) -> bool:
-    return first.keys() == second.keys() and all(abs(first[token] - second[token]) < _SAME for token in first)
-
-
-def judge(logprobs: Sequence[Sequence[float]], vocabulary: int, subject: str = "log-probabilities") -> Iterator[Finding]:
-    """Findings on log-probabilities, [position][entry]: of different tokens, the likeliest at each position and the given one."""
-    entries = [value for place in logprobs for value in place]
-    wrong = sum(math.isnan(value) or value == math.inf for value in entries)
-    if wrong or not entries:
-        yield error(
-            "server.not-finite", subject, "finite numbers", f"{wrong} of {len(entries)} are NaN or infinite",
-            "a scale is missing, zero or NaN, or a weight holds NaN", "mend the other findings",
-        )  # fmt: skip
-        return
-    sums = [sum(math.exp(min(value, 1.0)) for value in place) for place in logprobs]
-    if max(sums) > _SUM:
-        yield error(
-            "server.no-distribution", subject, "probabilities that sum to one at most", f"{max(sums):.4f}",
-            "its answers are drawn from no distribution", "mend the other findings; without any, the fault lies with this vLLM",
-        )  # fmt: skip
-        return
-    flat = -math.log(vocabulary)
-    best = [max(place) for place in logprobs]
-    if all(abs(value - flat) < _FLAT for value in best):
-        yield error(
-            "server.flat", subject, "some tokens likelier than others",
-            f"{best[0]:.4f} at every position, which is -ln({vocabulary})",
-            "the logits are constant", "lm_head or the last norm is broken, most often an lm_head that the exclude list misses",
-        )  # fmt: skip
-
-
-def _of_prompt(generated: Mapping[str, Any]) -> Iterator[Finding]:
-    """A server that answers, but not as a model that has learned a language would."""
-    given, likeliest = generated["prompt"], generated["likeliest"]
-    if not given:
-        return
-    mean, chance = sum(given) / len(given), -math.log(generated["vocabulary"])
-    mend = "compare values with --source; scales that are the reciprocal, the amax or another layer's do this"
-    if mean < chance - _CHANCE:
-        yield error(
-            "server.worse-than-chance", "log-probabilities of an English sentence", f"above {chance:.1f} a token, which is chance",
-            f"{mean:.1f}", "its answers are noise", mend,
-        )  # fmt: skip
-    elif len(given) > 1 and len({*likeliest}) == 1:
-        yield error(
-            "server.constant", "log-probabilities of an English sentence", "another likeliest token after another word",
-            f"token {likeliest[0]} after each of {len(given)}", "it answers the same whatever it is asked", mend,
-        )  # fmt: skip

@@ -122,8 +122,8 @@ def _end(said: str) -> str:
 def _run(folder: Path, program: str, result: Path, generate: bool, timeout: float) -> tuple[int | None, str]:
     """(exit code, or None where the time was over; the end of what it said)."""
     child = Path(__file__).with_name("vllm_child.py").resolve()
-    # abspath and not realpath: the link in a virtual environment's bin is what makes it that environment.
-    command = [os.path.abspath(program), str(child), str(folder.resolve()), str(result), *(["--generate"] if generate else [])]
+    # absolute() and not resolve(): the link in a virtual environment's bin is what makes it that environment.
+    command = [str(Path(program).absolute()), str(child), str(folder.resolve()), str(result), *(["--generate"] if generate else [])]
     log = result.with_name("log.txt")
     with log.open("wb") as out:
         try:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 _EXPERT_METHODS = ("fp8", "modelopt", "compressed_tensors.compressed_tensors_moe", "quark.quark_moe", "online.fp8", "online.mxfp8")
 
 
@@ -123,7 +122,12 @@ def _stand_in_experts(used: list[str], undo: list[Callable[[], None]]) -> None:
     # Those that import them by name, before: one that is imported later would keep ours.
     for method in _EXPERT_METHODS:
         importlib.import_module(f"vllm.model_executor.layers.quantization.{method}")
-    for real, new in ((choose, select_fp8_moe_backend), (convert, convert_to_fp8_moe_kernel_format), (make, make_fp8_moe_kernel)):
+    swaps: list[tuple[Any, Any]] = [
+        (choose, select_fp8_moe_backend),
+        (convert, convert_to_fp8_moe_kernel_format),
+        (make, make_fp8_moe_kernel),
+    ]
+    for real, new in swaps:
         for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
             if vars(module).get(real.__name__) is real:
                 _swap(undo, module, real.__name__, new)

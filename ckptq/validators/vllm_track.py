@@ -99,11 +99,13 @@ class Tracker:
 
     def mode(self) -> AbstractContextManager[Any]:
         """Within it, torch's operations of this thread are noted."""
-        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils import _python_dispatch
+
+        base: Any = _python_dispatch.TorchDispatchMode  # torch leaves it untyped
 
         tracker = self
 
-        class Mode(TorchDispatchMode):
+        class Mode(base):  # type: ignore[misc]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 kwargs = kwargs or {}
                 indexed = tracker._before_indexed(func, args)
@@ -114,7 +116,8 @@ class Tracker:
                     tracker.problems.append(f"{func}: {type(problem).__name__}: {problem}")
                 return out
 
-        return Mode()
+        mode: AbstractContextManager[Any] = Mode()
+        return mode
 
     def finish(self, parameters: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(keys, parameters) as JSON has them. `parameters`: the model's after the load.
@@ -164,12 +167,13 @@ class Tracker:
         return str(tensor.untyped_storage()._cdata)
 
     def _buffer(self, tensor: Any) -> Buffer:
-        from torch.multiprocessing.reductions import StorageWeakRef
+        from torch.multiprocessing import reductions
 
+        weak: Any = reductions.StorageWeakRef
         storage = tensor.untyped_storage()
         buffer = self.buffers.get(storage._cdata)
         if buffer is None:
-            buffer = self.buffers[storage._cdata] = Buffer(StorageWeakRef(storage))
+            buffer = self.buffers[storage._cdata] = Buffer(weak(storage))
         return buffer
 
     def _known(self, tensor: Any) -> Buffer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from corpus.mutants import fault
 from corpus.places import DOWN, GATE, KV, OUT, TOWER, UP, K, Q, V
 
 
-def typed(config: dict[str, Any], dtype: str) -> None:
-    for part in (config, config["text_config"], config["vision_config"]):
-        part["dtype"] = dtype
+def typed(dtype: str) -> Callable[[dict[str, Any]], None]:
+    """Of the model and its parts."""
+
+    def apply(config: dict[str, Any]) -> None:
+        for part in (config, config["text_config"], config["vision_config"]):
+            part["dtype"] = dtype
+
+    return apply
 
 
 SHAPES = (
@@ -182,7 +188,6 @@ TYPES = (
         "weight of a quantized module in BF16",
         bad={
             "vl-modelopt": {
-                "the codes' values": alter(to(torch.bfloat16), f"{OUT}.weight"),
                 "dequantized, with scales": dequantized(f"{DOWN}.weight"),
                 "dequantized, without": both(dequantized(f"{DOWN}.weight"), drop(f"{DOWN}.weight_scale", f"{DOWN}.input_scale")),
                 "a shard": dequantized(f"{V}.weight"),
@@ -232,8 +237,13 @@ TYPES = (
     ),
     *fault(
         "activations in another type",
-        bad={"vl-modelopt": {"float32": config(lambda c: typed(c, "float32")), "float64": config(lambda c: typed(c, "float64"))}},
-        near={"vl-modelopt": {"the key's old name": config(lambda c: c.update(torch_dtype=c.pop("dtype")))}},
+        bad={"vl-modelopt vl-ct-dynamic": {"float16": config(typed("float16"))}},
+        near={
+            "vl-modelopt": {
+                "the key's old name": config(lambda c: c.update(torch_dtype=c.pop("dtype"))),
+                "float32, which the server narrows": config(typed("float32")),
+            }
+        },
     ),
 )
 

@@ -128,7 +128,7 @@ SCALES = (
             "vl-pcpt": {"all rows": alter(times(-1), DOWN_SCALE)},
         },
         near={
-            "vl-modelopt": {"with a weight of the other sign": both(alter(times(-1), f"{OUT}.weight"), alter(times(-1), OUT_SCALE))}
+            "vl-modelopt": {"codes of zero that are": alter(signed_zeros, f"{DOWN}.weight")},
         },
     ),
     *fault(
@@ -199,8 +199,8 @@ CODES = (
     *fault(
         "codes of few bits",
         bad={
-            "vl-modelopt": {"1/512": requantized(512, OUT), "1/4096": requantized(4096, DOWN)},
-            "vl-ct-dynamic": {"1/1024": requantized(1024, OUT)},
+            "vl-modelopt": {"1/4096": requantized(4096, DOWN), "1/8192": requantized(8192, OUT)},
+            "vl-ct-dynamic": {"1/8192": requantized(8192, OUT)},
         },
         near={"vl-modelopt": {"half": requantized(2, OUT)}},
     ),

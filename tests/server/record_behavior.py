@@ -2,9 +2,9 @@
 
     python tests/server/record_behavior.py [--check | --new] [PATTERN ...]
 
-Writes tests/data/behavior-vllm-0.32.json; with patterns (of mutants' names, as in a shell), only what matches is recorded anew,
-with `--new` only what is not in the table. `--check` writes nothing, and exits with 1 where a label is another than the one written. vLLM is the one of .venv-vllm, or of
-the interpreter that CKPTQ_VLLM_PYTHON names. The labels' rules are in tests/server/behavior.py.
+Writes tests/data/behavior-vllm-0.32.json: all mutants, or those whose names match a pattern, as in a shell; with `--new` only
+those that are not in the table. `--check` writes nothing, and exits with 1 where a label is another than the one written. vLLM is
+the one of .venv-vllm, or of the interpreter that CKPTQ_VLLM_PYTHON names. The labels' rules are in tests/server/behavior.py.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
         ignored = expressions.ignored(name, ignore, packed, settings.server, fused=True)
         if ignored is None:
             return "refused"
-        return "kept" if ignored else _target(name, kind, routed if kind == "RoutedExperts" else linears, packed)
+        return "kept" if ignored else _target(name, kind, routed if kind == "RoutedExperts" else linears, packed, settings.server)
 
     @functools.cache
     def of_prefix(prefix: str, kind: str, experts: tuple[str, ...]) -> Treatment:
@@ -236,28 +236,38 @@ def _mapped(entry: str, scope: Scope) -> str:
     return server_name(entry, scope) if "." in entry and not entry.startswith("re:") else entry
 
 
-def _target(name: str, kind: str, groups: Mapping[str, Treatment], packed: Mapping[str, Sequence[str]]) -> Treatment:
-    """find_matched_target: the name, then all shards of a fused one, then the class, of which a target may be a part."""
-    by_name = next((form for target, form in groups.items() if matches(name, target)), None)
-    if by_name is not None:
-        return by_name
+def _target(
+    name: str, kind: str, groups: Mapping[str, Treatment], packed: Mapping[str, Sequence[str]], server: Server
+) -> Treatment:
+    """find_matched_target: the name, then all shards of a fused one, then the class; older versions ask for the class before."""
+    by_name = _first(name, groups)
+    by_class = _by_class(kind, groups)
+    by_shards = _by_shards(name, groups, packed)
+    order = (by_name, by_shards, by_class) if server.shards_before_class else (by_name, by_class, by_shards)
+    unreached: Treatment = "refused" if server.unreached_refused and kind != "ParallelLMHead" else "kept"
+    return next((found for found in order if found is not None), unreached)
+
+
+def _first(name: str, groups: Mapping[str, Treatment]) -> Treatment | None:
+    return next((treatment for target, treatment in groups.items() if matches(name, target)), None)
+
+
+def _by_shards(name: str, groups: Mapping[str, Treatment], packed: Mapping[str, Sequence[str]]) -> Treatment | None:
+    """The first shard's, where each of them is reached."""
     fused = next((key for key in packed if name.endswith(key)), None)
-    if fused is not None:
-        found = [
-            next((form for target, form in groups.items() if matches(name.replace(fused, shard), target)), None)
-            for shard in packed[fused]
-        ]
-        if found[0] is not None and None not in found:
-            return found[0]
-    # _add_fused_moe_to_target_scheme_map: "Linear" speaks of routed experts, too.
+    found = [_first(name.replace(fused, shard), groups) for shard in packed[fused]] if fused is not None else [None]
+    return found[0] if None not in found else None
+
+
+def _by_class(kind: str, groups: Mapping[str, Treatment]) -> Treatment | None:
+    """A target may be a part of the class's name, whatever the case. "Linear" speaks of routed experts, too:
+    _add_fused_moe_to_target_scheme_map.
+    """
     kinds = ("RoutedExperts", "Linear") if kind == "RoutedExperts" else (kind,)
-    for target, form in groups.items():
-        if target.startswith("re:"):
-            if any(matches(k, target) for k in kinds[:1]):
-                return form
-        elif any(target.lower() in k.lower() for k in kinds):
-            return form
-    return "kept"
+    for target, treatment in groups.items():
+        if matches(kind, target) if target.startswith("re:") else any(target.lower() in k.lower() for k in kinds):
+            return treatment
+    return None
 
 
 def _fits_experts(group: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, error, expressions, has_errors
+from ckptq.validators import Code, Finding, error, expressions, has_errors, warning
 from ckptq.validators.formats import BLOCK, SCALAR, Format, Granularity
 from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
 from ckptq.validators.servers import Server
@@ -55,12 +55,23 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     yield from expressions.check(exclude_list(section, "exclude"), f"{file}.exclude")
     yield from _kv_findings(section, file)
     if is_names(section["export"].get("kv_cache_group")):
-        for where, config in _configs(section):
-            if (why := _refusal(config, server)) is not None:
-                yield error(
-                    "config.quark-scheme", f"{file}.{where}", why, repr(config), "vLLM finds no scheme and raises",
-                    "write the settings that the tensors are stored for",
-                )  # fmt: skip
+        yield from _scheme_findings(section, file, server)
+
+
+def _scheme_findings(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Finding]:
+    """On settings without a scheme. Those of some layers need not be any linear's; `matcher` refuses those that are."""
+    normalized = _normalized(section)
+    if (wanted := _wanted(normalized["global_quant_config"], server)) is not None:
+        yield error(
+            "config.quark-scheme", f"{file}.global_quant_config", wanted, repr(normalized["global_quant_config"]),
+            "vLLM finds no scheme and raises", "write the settings that the tensors are stored for",
+        )  # fmt: skip
+    for name, config in (normalized.get("layer_quant_config") or {}).items():
+        if (wanted := _wanted(config, server)) is not None:
+            yield warning(
+                "config.quark-scheme", f"{file}.layer_quant_config.{name}", wanted, repr(config),
+                "vLLM raises where a linear has them", "write the settings that the tensors are stored for",
+            )  # fmt: skip
 
 
 def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
@@ -103,15 +114,7 @@ def _normalized(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _configs(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key, settings) of all linears and of each pattern."""
-    normalized = _normalized(section)
-    yield "global_quant_config", normalized["global_quant_config"]
-    for name, config in (normalized.get("layer_quant_config") or {}).items():
-        yield f"layer_quant_config.{name}", config
-
-
-def _refusal(config: Any, server: Server) -> str | None:
+def _wanted(config: Any, server: Server) -> str | None:
     """What is expected where vLLM finds no scheme for FP8; None where it does, and for formats that ckptq does not know."""
     if not isinstance(config, Mapping):
         return "an object with weight and input_tensors"
@@ -159,24 +162,27 @@ def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | No
     """
     if has_errors(check(section, file, server)):
         return None
-    schemes = []
-    for where, config in _configs(section):
-        weight, _ = _tensors(config, server)
-        if _other_format(weight):
-            said = [weight.get(key) for key in ("dtype", "qscheme", "scale_type")] if isinstance(weight, Mapping) else weight
-            raise UnsupportedError(
-                f"{file}.{where}: weights {said!r:.80} can't be checked yet; what can: fp8_e4m3 per_tensor, per_channel, per_block",
-                hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
-            )
-        schemes.append(weight["qscheme"])
-    form = ", ".join(dict.fromkeys(schemes))
-    return Settings(file, "quark", form, exclude_list(section, "exclude"), "exclude", False, "", section, server)
+    _refuse_other_format(section["global_quant_config"], f"{file}.global_quant_config", server)
+    scheme = _tensors(section["global_quant_config"], server)[0]["qscheme"]
+    return Settings(file, "quark", scheme, exclude_list(section, "exclude"), "exclude", False, "", section, server)
+
+
+def _refuse_other_format(config: Config, where: str, server: Server) -> None:
+    """Raises UnsupportedError for weights that are not FP8 as ckptq knows it."""
+    weight, _ = _tensors(config, server)
+    if _other_format(weight):
+        said = [weight.get(key) for key in ("dtype", "qscheme", "scale_type")] if isinstance(weight, Mapping) else weight
+        raise UnsupportedError(
+            f"{where}: weights {said!r:.80} can't be checked yet; what can: fp8_e4m3 per_tensor, per_channel, per_block",
+            hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
+        )
 
 
 def matcher(settings: Settings, scope: Scope) -> Matcher:
     """Which linears are built quantized: all but lm_head and what the list holds, by whole name or expression.
 
-    Settings of layer_type_quant_config never count: the server looks them up by a class, and JSON has texts alone.
+    Settings of layer_type_quant_config never count: the server looks them up by a class, and JSON has texts alone. Raises
+    UnsupportedError, then or when it is asked, where the weights of a linear are not FP8 as ckptq knows it.
     """
     packed, server = packed_modules(scope), settings.server
     exclude = [server_name(entry, scope) for entry in settings.exclude]
@@ -194,6 +200,9 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
         config = None if kept is None else configs(prefix)
         if kept or config is None:
             return "kept" if kept else "refused"
+        if _wanted(config, server) is not None:
+            return "refused"
+        _refuse_other_format(config, f"{settings.file}: the settings of {prefix}", server)
         return "refused" if part == "experts" and not _fits_experts(config, server) else _format(config, server)
 
     def treat(linear: ServerLinear) -> Treatment:
@@ -226,7 +235,8 @@ def _fits_experts(config: Config, server: Server) -> bool:
     """quark_moe.py QuarkW8A8Fp8MoEMethod: weights and activations of one granularity."""
     weight, inputs = _tensors(config, server)
     dynamic = bool(inputs.get("is_dynamic"))
-    of_inputs = "per_channel" if dynamic and inputs.get("qscheme") == "per_channel" else "per_tensor"
+    said = inputs.get("qscheme")
+    of_inputs = said if (said == "per_channel" and dynamic) or not server.quark_blocks else "per_tensor"
     return bool(weight["qscheme"] == "per_block" or weight["qscheme"] == of_inputs)
 
 
