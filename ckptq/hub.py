@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptq.checkpoint import INDEX, SINGLE, WEIGHT_COPIES, Header, check_header, read_header, read_index
+from ckptq.checkpoint import INDEX, SINGLE, WEIGHT_COPIES, Header, read_header, read_index
 from ckptq.errors import CkptqError, OutputError, SourceError
+from ckptq.safetensors_header import header_length, parse_header
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
 # An index must come along, and nothing in a pattern says where it lies; other indexes are small.
@@ -109,20 +109,14 @@ def _remote_headers(repo: str, commit: str, files: Sequence[str]) -> dict[str, H
 def _remote_header(repo: str, commit: str, file: str) -> Header:
     """As checkpoint.read_header, of a file on the Hub."""
     data, size = _read_start(repo, commit, file, _FIRST_BYTES)
-    length = int.from_bytes(data[:8], "little")
-    if size < 8 or length > size - 8:
-        raise SourceError(
-            f"{repo}@{commit}: {file}: truncated or not a safetensors file: the header should be {length} bytes long, "
-            f"the file has {max(size - 8, 0)} after its length field",
-            hint="the Hub's file itself is broken: ask its owner, or name another revision",
-        )
-    if length > len(data) - 8:
-        data, size = _read_start(repo, commit, file, 8 + length)
     try:
-        raw = json.loads(data[8 : 8 + length])
-    except ValueError as error:
-        raise SourceError(f"{repo}@{commit}: {file}: its header is not JSON: {error}") from error
-    return check_header(file, raw, start=8 + length, size=size)
+        length = header_length(file, data, size)
+        if length > len(data) - 8:
+            data, size = _read_start(repo, commit, file, 8 + length)
+        return parse_header(file, data[8 : 8 + length], length=length, size=size)
+    except SourceError as error:
+        hint = "the Hub's file itself is broken: ask its owner, or name another revision"
+        raise SourceError(f"{repo}@{commit}: {error}", hint=hint) from error
 
 
 def _read_start(repo: str, commit: str, file: str, count: int) -> tuple[bytes, int]:
@@ -133,7 +127,7 @@ def _read_start(repo: str, commit: str, file: str, count: int) -> tuple[bytes, i
 
     url = hf_hub_url(repo, file, revision=commit)
     headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
-    data = b""
+    data = bytearray()
     with http_stream_backoff("GET", url, max_retries=2, headers=headers, timeout=30.0) as response:
         if response.is_error:
             response.read()
@@ -147,7 +141,7 @@ def _read_start(repo: str, commit: str, file: str, count: int) -> tuple[bytes, i
                 break
         # "bytes 0-99/12345" with a range, the plain length without
         total = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
-    return data[:count], int(total)
+    return bytes(data[:count]), int(total)
 
 
 def _no_weights(label: str, file: str) -> SourceError:

@@ -31,6 +31,12 @@ def test_the_validator_agrees_with_vllm(verdicts: list[Verdict]) -> None:
     assert disagreements(verdicts) == []
 
 
+def test_absent_kv_scales_are_a_warning_and_an_error_where_they_were_calibrated(verdicts: list[Verdict]) -> None:
+    absent = {v.mutant.name: v for v in verdicts if v.evidence.get("kv_absent")}
+    assert {v.said for v in absent.values() if v.mutant.needs != "record"} == {"warning"}, "with --strict an error"
+    assert {v.said for v in absent.values() if v.mutant.needs == "record"} == {"error"}
+
+
 def test_the_corpus_is_as_large_as_it_should_be() -> None:
     labels = {name: row["label"] for name, row in read_table().items()}
     assert set(labels) == {m.name for m in EVERY}, "record what is new: tests/server/record_behavior.py"

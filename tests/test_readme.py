@@ -21,6 +21,8 @@ from jsonschema import Draft202012Validator
 from ckptq.console import Console
 from ckptq.convert import convert, prepare
 from ckptq.recipe import load_recipe, shipped
+from ckptq.scopes import all_scopes
+from ckptq.validators.methods import known
 from ckptq.validators.servers import DEFAULT, SERVERS
 
 ROOT = Path(__file__).parent.parent
@@ -201,3 +203,9 @@ def test_the_versions_of_the_server_are_the_known_ones() -> None:
     for version, server in SERVERS.items():
         assert ("not tried" in told[version]) == (server.verified == "read")
     assert f"{DEFAULT.version} where nothing is said" in README
+
+
+def test_what_it_knows_is_what_there_is() -> None:
+    sentence = README[README.index("It knows `quant_method`") :].partition("\n\n")[0]
+    architectures = {name for scope in all_scopes() for name in scope.architectures}
+    assert set(re.findall(r"`([\w.-]+)`", sentence)) == {"quant_method", *known(), *architectures}

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from ckptq.errors import SourceError, UnsupportedError
 
-MOST_LAYERS, MOST_EXPERTS, MOST_IN_ALL = 4096, 4096, 100_000
-"""Layers, experts of a layer and experts of all layers: more than any model has: a config.json that says otherwise must not make anybody count that far."""
+MOST_LAYERS, MOST_EXPERTS, MOST_IN_ALL = 4096, 4096, 65_536
+"""Layers, experts of a layer and experts of all layers. No model has more, and no config.json shall make anybody count further."""
 
 
 Split = Literal["heads", "rows", "columns", "none"]

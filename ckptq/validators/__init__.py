@@ -59,17 +59,18 @@ class Stored:
 
 def error(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:
     """A finding that means wrong answers or no load."""
-    return Finding(code, "error", *map(_clipped, (subject, expected, found, effect, mend)))
+    return _finding(code, "error", subject, expected, found, effect, mend)
 
 
 def warning(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:
     """A finding that means: works, but is fragile or lossy."""
-    return Finding(code, "warning", *map(_clipped, (subject, expected, found, effect, mend)))
+    return _finding(code, "warning", subject, expected, found, effect, mend)
 
 
-def _clipped(text: str) -> str:
-    """`text`, or its beginning: a configuration's value may be as long as its file, and stand in many findings."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+def _finding(code: str, severity: Severity, *texts: str) -> Finding:
+    """Long texts are cut: a configuration's value may be as long as its file, and stand in many findings."""
+    subject, expected, found, effect, mend = (t if len(t) <= _LONGEST else f"{t[:_LONGEST]}..." for t in texts)
+    return Finding(code, severity, subject, expected, found, effect, mend)
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:

@@ -97,7 +97,8 @@ def settings(stored: Stored, scope: Scope, server: Server) -> Settings | None:
 
 def _refuse_large(section: Mapping[str, Any], file: str) -> None:
     """Raises SourceError where matching the section's names would take hours. Real ones have some thousands, one for a module."""
-    count, inside = 0, [section]
+    inside: list[Any] = [section]
+    count = 0
     while inside:
         level = [v for outer in inside for v in (outer.values() if isinstance(outer, Mapping) else outer)]
         keys = [key for outer in inside if isinstance(outer, Mapping) for key in outer]

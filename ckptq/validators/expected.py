@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptq.checkpoint import TensorSpec
+from ckptq.errors import SourceError
 from ckptq.scopes import Scope
 from ckptq.validators import Stored
 from ckptq.validators.formats import Format
@@ -62,7 +63,9 @@ def treatments(linears: tuple[ServerLinear, ...], scope: Scope, settings: Settin
     assert method is not None  # settings come from a method
     places = len({linear.prefix for linear in linears})
     if places * len(settings.exclude) > _MOST_MATCHES:
-        raise SourceError(f"{settings.file}.{settings.key}: {len(settings.exclude)} entries against {places} linears: too many to match")
+        raise SourceError(
+            f"{settings.file}.{settings.key}: {len(settings.exclude)} entries against {places} linears: too many to match"
+        )
     treat = method.matcher(settings, scope)
     return {linear.prefix: treat(linear) for linear in linears}
 

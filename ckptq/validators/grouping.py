@@ -6,6 +6,7 @@ Linear in the number of findings. Of each fault only the first finding and the n
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ _RUNS = 12
 _FIRST = " (in the first)"
 # Nine digits: int() refuses to read thousands, and a number with a leading zero is no number but part of a name.
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,8})(?=\.|$)", re.ASCII)
+_NUMBERS = 4
+"""Numbers of one name that count as places; names of models have two or three."""
 _FIGURE = re.compile(r"\d[\d.]*(?:e[+-]?\d+)?", re.ASCII)
 Place = tuple[int, ...]
 Pieces = tuple[str, ...]
@@ -64,7 +67,8 @@ def group(findings: Iterable[Finding]) -> list[Finding]:
 
 def _split(subject: str) -> tuple[Pieces, Place]:
     """`layers.3.experts.17.w` -> ((`layers.`, `.experts.`, `.w`), (3, 17))."""
-    return tuple(_NUMBER.split(subject)), tuple(int(number) for number in _NUMBER.findall(subject))
+    numbers = itertools.islice(_NUMBER.finditer(subject), _NUMBERS)
+    return tuple(_NUMBER.split(subject, _NUMBERS)), tuple(int(number[0]) for number in numbers)
 
 
 def _join(same: Sequence[tuple[Pieces, _Fault]]) -> Finding:

@@ -43,7 +43,7 @@ class Server:
                         compressed_tensors/utils.py and quark/utils.py should_ignore_layer
     shards_before_class compressed-tensors: a target that names the shards of a fused linear counts before one that names its class;
                         before, after it. compressed_tensors/utils.py find_matched_target
-    unreached_refused   compressed-tensors: a linear that no target reaches is refused; since, it is not quantized. The same function
+    unreached_refused   compressed-tensors: a linear that no target reaches is refused; since, it is not quantized. As before
     unknown_refused     a tensor of the language model that has no place is refused, not dropped. The vision tower always refuses:
                         by KeyError before, by ValueError since. model_executor/models/qwen2.py and qwen2_5_vl.py load_weights
     attn_kv_names       `self_attn.attn.k_scale` is taken; before, it was dropped.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,7 +273,7 @@ def _expert_findings(linears: Sequence[ServerLinear], found: _Pass, component: C
                     f"vLLM keeps the one loaded last, {'and cuts larger inputs off' if cut else 'another expert covers the rest'}",
                     "give both the larger one",
                 )  # fmt: skip
-        usual = statistics.median(v[-1] for _, v in known)
+        usual = sorted(v[-1] for _, v in known)[len(known) // 2]
         shards = max(known, key=lambda entry: entry[1][-1])[0]
         if meant > SPREAD * usual > 0:
             yield warning(

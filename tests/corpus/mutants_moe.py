@@ -93,7 +93,7 @@ MUTANTS = (
         "gate and up of other input scales",
         bad={
             "moe-modelopt": {
-                "gate's larger in every expert": alter(times(4), f"{EXPERTS}*.gate_proj.input_scale"),
+                "up's, loaded last, smaller in every expert": alter(times(0.25), f"{EXPERTS}*.up_proj.input_scale"),
             }
         },
         near={

@@ -94,6 +94,7 @@ MISSING = (
         bad={"vl-modelopt moe-modelopt": {"declared": drop(*KV)}},
         near={"vl-modelopt": {"in a file of its own": elsewhere("*.k_scale")}},
     ),
+    *fault("every kv scale missing", bad={"vl-ours": {"though calibrated": drop(*KV)}}, near={}, needs="record"),
 )
 
 NAMES = (

@@ -45,7 +45,6 @@ BF16_STEP = 2.0**-7
 LOSS = 1.1
 """A weight whose error against the source has grown by this factor has lost bits."""
 SHOWN = 2
-_ACTIVATIONS = ("input_scale", "._k_scale", "._v_scale", "._q_scale", "._prob_scale")
 
 Values = dict[str, torch.Tensor]
 

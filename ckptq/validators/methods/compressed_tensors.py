@@ -244,7 +244,7 @@ def _target(
     by_class = _by_class(kind, groups)
     by_shards = _by_shards(name, groups, packed)
     order = (by_name, by_shards, by_class) if server.shards_before_class else (by_name, by_class, by_shards)
-    unreached: Treatment = "refused" if server.unreached_refused and kind != "ParallelLMHead" else "kept"
+    unreached: Treatment = "refused" if server.unreached_refused and groups and kind != "ParallelLMHead" else "kept"
     return next((found for found in order if found is not None), unreached)
 
 
