@@ -134,25 +134,32 @@ def _validated(checkpoint: str, asked: Asked, python: Path, console: Console) ->
     from dataclasses import asdict
 
     from ckptq import hub
+    from ckptq.errors import UnsupportedError
     from ckptq.reports import Checked, Outcome
     from ckptq.validate import group, validate_folder
+    from ckptq.validators import vllm_findings, vllm_load
 
+    if asked.load:
+        vllm_load.find_program(python)  # before the minutes that all else may take
     opened = hub.fetch(checkpoint, weights=asked.values or asked.load or asked.source is not None)
     origin = hub.fetch(asked.source, weights=True).root if asked.source else None
-    findings = validate_folder(
-        opened.root,
-        source=origin,
-        values=asked.values,
-        progress=console,
-        header=opened.header,
-        server=asked.server,
-        tp=asked.tp,
-        ep=asked.ep,
-    )
+    try:
+        findings = validate_folder(
+            opened.root,
+            source=origin,
+            values=asked.values,
+            progress=console,
+            header=opened.header,
+            server=asked.server,
+            tp=asked.tp,
+            ep=asked.ep,
+        )
+    except UnsupportedError as unknown:
+        if not asked.load:
+            raise
+        findings = [vllm_findings.alone(opened.root.name, str(unknown))]
     served = None
     if asked.load:
-        from ckptq.validators import vllm_load
-
         with console.stage("server", 1) as advance:
             served = vllm_load.load(opened.root, python, generate=asked.generate)
             advance(1)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckptq.checkpoint import INDEX, Component, SourceTensor, TensorSpec, read_header, read_inventory
+from ckptq.checkpoint import INDEX, Component, SourceTensor, TensorSpec, read_header
 
 if TYPE_CHECKING:
     import xxhash
@@ -68,23 +68,12 @@ class Running:
 
 def of_shard(path: Path) -> dict[str, str]:
     """{name: digest} of the tensors in one weight file. Raises as `read_header` does."""
-    entries = read_header(path).items()
-    tensors = {n: SourceTensor(TensorSpec(n, e["dtype"], e["shape"]), path.name, e["offset"]) for n, e in entries}
-    return of_tensors(path.parent, Component("", "", {}, tensors, (path.name,), (), ()), lambda _: None)
-
-
-def of_folder(root: Path, advance: Callable[[int], None] = lambda _: None) -> dict[str, dict[str, str]]:
-    """{"tensors": {name: digest}, "files": {name: digest}} of the checkpoint in `root`, as it lies on the disk."""
-    component = read_inventory(root).main
-    files = recorded(["config.json", *component.sidecars])
-    return {"tensors": of_tensors(root, component, advance), "files": of_files(root, files)}
-
-
-def of_tensors(root: Path, component: Component, advance: Callable[[int], None]) -> dict[str, str]:
-    """{name: digest} of every tensor, by name."""
     from ckptq.validators.scan import scan
 
-    return dict(sorted((tensor.spec.name, seen.digest) for tensor, seen in scan(root, component, advance, digests=True)))
+    entries = read_header(path).items()
+    tensors = {n: SourceTensor(TensorSpec(n, e["dtype"], e["shape"]), path.name, e["offset"]) for n, e in entries}
+    component = Component("", "", {}, tensors, (path.name,), (), ())
+    return {tensor.spec.name: seen.digest for tensor, seen in scan(path.parent, component, digests=True)}
 
 
 def recorded(names: Iterable[str]) -> list[str]:

@@ -287,8 +287,10 @@ def test_no_heavy_imports(example_model: Path) -> None:
         ("convert", "--recipe", "demo", "--dry-run"),
         ("convert", "--recipe", "demo", "--dry-run", "--format", "json"),
         ("convert", "--recipe", "demo", "--set", "x=3"),
+        ("validate", "--help"),
+        *(("validate", example_model, "--no-values", "--format", format) for format in ("human", "json", "junit", "github")),
     )
-    assert [done["code"] for done in light] == [0] * 8 + [2]
+    assert [done["code"] for done in light] == [0] * 8 + [2, 0] + [1] * 4
     for done in light:
         assert not set(HEAVY) & set(done["modules"])
     assert "rich" not in light[1]["modules"]

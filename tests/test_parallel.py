@@ -234,7 +234,7 @@ from types import SimpleNamespace
 import torch
 import vllm.distributed
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers import linear
+from vllm.model_executor.layers import linear, vocab_parallel_embedding
 from vllm.model_executor import parameter
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import refine_fp8_moe_block_shape
 from vllm.model_executor.layers.quantization import modelopt
@@ -243,7 +243,7 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import validate_fp8
 BLOCK = [128, 128]
 
 def world(tp, rank):  # the ranks are pretended; what each of them builds and loads is not
-    for module in (linear, parameter, vllm.distributed):
+    for module in (linear, parameter, vllm.distributed, vocab_parallel_embedding):
         module.get_tensor_model_parallel_world_size = lambda: tp
         module.get_tensor_model_parallel_rank = lambda: rank
 
@@ -287,6 +287,14 @@ def experts(case):
         return "refined"
     validate_fp8_block_shape_moe(size, BLOCK)
 
+def vocabulary(case):
+    world(case["tp"], 0)
+    vocab_parallel_embedding.VocabParallelEmbedding(case["vocab"], 8)
+
+def whole(case):  # heads, rows and columns of linears without any quantization
+    world(case["tp"], 0)
+    build(case)
+
 def answer(ask, case):
     try:
         return ask(case) or "fits"
@@ -300,6 +308,8 @@ case = json.load(open(sys.argv[1]))
 with set_current_vllm_config(VllmConfig()), torch.device("cpu"):
     found = {"native": [answer(native, c) for c in case["linears"]],
              "modelopt": [answer(by_modelopt, c) for c in case["linears"]],
+             "whole": [answer(whole, c) for c in case["linears"]],
+             "vocabulary": [answer(vocabulary, c) for c in case["vocabularies"]],
              "experts": [answer(experts, c) for c in case["experts"]]}
 json.dump(found, open(sys.argv[2], "w"))
 """
@@ -339,7 +349,7 @@ def drawn_linears(count: int) -> Iterator[dict[str, Any]]:
             yield {"kind": kind, "tp": tp, "k": k, "rows": sizes[:1] if kind == "row" else sizes}
 
 
-def our_answer(case: Mapping[str, Any], form: Format) -> str:
+def our_answer(case: Mapping[str, Any], form: Format | None) -> str:
     linear = {"qkv": QKV, "merged": GATE_UP, "row": DOWN}[case["kind"]]
     linear = replace(linear, shards=linear.shards[: len(case["rows"])])
     config = {"num_attention_heads": case.get("heads"), "num_key_value_heads": case.get("kv")}
@@ -347,12 +357,14 @@ def our_answer(case: Mapping[str, Any], form: Format) -> str:
 
 
 @pytest.mark.server
-def test_the_rules_on_blocks_answer_as_the_real_vllm_does(tmp_path: Path) -> None:
+def test_the_rules_answer_as_the_real_vllm_does(tmp_path: Path) -> None:
     linears = list(drawn_linears(400))
     grid = itertools.product((64, 96, 128, 256, 768, 800, 1536), (128, 1024, 1040), (1, 2, 4, 8))
     sizes = [{"size": size, "hidden": hidden, "tp": tp} for size, hidden, tp in grid if size % tp == 0]
-    real = real_vllm({"linears": linears, "experts": sizes}, tmp_path)
-    for form, name in ((NATIVE, "native"), (COMPRESSED, "native"), (MODELOPT_BLOCK, "modelopt")):
+    vocabularies = [{"vocab": v, "tp": tp} for v in (64, 129, 151936, 151937, 152064, 100) for tp in (1, 2, 3, 4, 7, 8, 19, 64)]
+    real = real_vllm({"linears": linears, "experts": sizes, "vocabularies": vocabularies}, tmp_path)
+    assert real["vocabulary"] == ["fails" if found({"vocab_size": v["vocab"]}, v["tp"]) else "fits" for v in vocabularies]
+    for form, name in ((None, "whole"), (NATIVE, "native"), (COMPRESSED, "native"), (MODELOPT_BLOCK, "modelopt")):
         ours = [our_answer(case, form) for case in linears]
         differ = [(case, theirs) for case, mine, theirs in zip(linears, ours, real[name], strict=True) if mine != theirs]
         assert not differ, f"{name}: {len(differ)} differ, the first {differ[:3]}"

@@ -244,6 +244,19 @@ def test_parts_of_a_weight(tmp_path: Path, spoil: Callable[[Tensors], object]) -
     assert "; " not in found(check(tmp_path, after))
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(("factor", "least"), [(2.0, "warning"), (1.3, "error")])
+def test_rounded_twice(tmp_path: Path, encoder: Encoder, factor: float, least: str) -> None:
+    """Under twice the scale only the smallest codes are rounded again; under another one, most of them."""
+    after = encoded(source(), encoder)
+    scale = next(name for name in after if name.startswith(f"{OUT}.weight_scale"))
+    after[f"{OUT}.weight"] = (after[f"{OUT}.weight"].float() / factor).to(torch.float8_e4m3fn)
+    after[scale] = after[scale] * factor
+    findings = check(tmp_path, after)
+    assert {(f.code, f.severity) for f in findings} <= {("passthrough.weight-error", least)}
+    assert findings or least == "warning"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_source_that_is_not_finite(tmp_path: Path, value: float) -> None:
     before, after = source(), encoded(source(), by_block)

@@ -177,7 +177,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
     exclude(copy("tower"), ["lm_head", "model.embed_tokens"])
     add(copy("kv"), {f"visual.blocks.{i}.attn.{k}_proj.{k}_scale": torch.tensor(0.01) for i in range(4) for k in "kv"})
-    add(copy("hostile"), {name: torch.zeros(1) for name in HOSTILE})
+    add(copy("hostile"), {name: torch.zeros(1) for name in HOSTILE if len(name) < 1000})
     lossy = copy("lossy")
     (lossy / "hf_quant_config.json").unlink()
     (lossy / "ckptq.json").unlink()
@@ -363,6 +363,26 @@ def test_a_wrong_version_is_in_the_report_too(folders: Mapping[str, Path], valid
     check_json(said)
     assert said["error"]["kind"] == "UnsupportedError"
     assert said["rules"] is None
+
+
+@pytest.mark.server
+def test_the_real_server_is_in_the_report(folders: Mapping[str, Path], validate: Run, tmp_path: Path) -> None:
+    """Of a sound checkpoint, and of one with a method that ckptq has no rules for."""
+    options = ("--load", "--vllm-python", ROOT / ".venv-vllm" / "bin" / "python", "--no-values")
+    ran = validate(folders["good"], *options, f"--report=json={tmp_path / 'r.json'}")
+    said = json.loads((tmp_path / "r.json").read_text())
+    check_json(said)
+    assert (ran.code, said["server"]["quantization"], said["skipped"].get("server")) == (0, "modelopt", None)
+    shown = " ".join(ran.out.split())
+    assert "the real server unchecked values" in shown
+    assert f"vLLM {said['server']['version']} on cpu loaded it as modelopt, KV cache fp8_e4m3, in " in shown
+    other = Path(shutil.copytree(folders["good"], tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert validate(other).code == 2
+    ran = validate(other, *options, "--format", "json")
+    check_json(said := json.loads(ran.out))
+    assert (ran.code, [f["code"] for f in said["findings"]]) == (1, ["server.failed", "server.alone"])
 
 
 # --- terminals and logs ---

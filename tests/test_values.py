@@ -61,11 +61,12 @@ BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
     dtype=st.sampled_from(sorted(BITS)),
     numel=st.integers(0, 700),
     least=st.integers(0, 1),
+    gap=st.integers(0, 3),
     seed=st.integers(0, 2**32 - 1),
     sizes=st.sampled_from([(64, 128), (64, 1 << 20), (1 << 20, 1 << 26)]),
 )
 def test_a_pass_sees_what_numpy_sees(
-    tmp_path_factory: pytest.TempPathFactory, dtype: str, numel: int, least: int, seed: int, sizes: tuple[int, int]
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, numel: int, least: int, gap: int, seed: int, sizes: tuple[int, int]
 ) -> None:
     """Neighbors in the file, pieces and parts of any size: none of them may show."""
     folder = tmp_path_factory.mktemp("scan")
@@ -76,8 +77,8 @@ def test_a_pass_sees_what_numpy_sees(
     tensors, offset = {}, 3
     for name, raw in data.items():
         tensors[name] = SourceTensor(TensorSpec(name, dtype, (len(raw) // width,)), "f", offset)
-        offset += len(raw)
-    (folder / "f").write_bytes(b"abc" + b"".join(raw.tobytes() for raw in data.values()))
+        offset += len(raw) + gap
+    (folder / "f").write_bytes(b"abc" + bytes(gap).join(raw.tobytes() for raw in data.values()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "CHUNK", sizes[0])
         patch.setattr(scan, "COUNTED", 1 << 20)
@@ -176,7 +177,8 @@ def test_good_values_of_every_granularity(good: Path, tmp_path: Path, form: Call
         (math.nan, "values.not-finite", "error"),
         (math.inf, "values.not-finite", "error"),
         (1e-12, "values.scale-range", "warning"),
-        (3.5, "values.scale-range", "warning"),
+        (0.5, "values.scale-range", "warning"),
+        (3.5, "values.scale-range", "error"),
     ],
 )
 def test_one_bad_scale(

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 Kind = Literal["weight", "input", "k", "v", "other"]
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F32", "F16", "BF16", "F64")
 """In which scales are stored that are not codes themselves."""
 BLOCK = (128, 128)
-READ_AT_ONCE = 1 << 26
-"""Bytes of one scale tensor; a channel scale of the largest vocabulary takes 1 % of it."""
+READ_AT_ONCE = 1 << 24
+"""Bytes of one scale tensor; a channel scale of the largest vocabulary takes 1 MB."""
 
 # vLLM 0.32.0 layers/quantization/base_config.py get_cache_scale_mapper and fp8.py name K's and V's; `other` are those of formats
 # in which the value means something else: 1 / scale, or a scale of scales.
@@ -99,9 +99,10 @@ def grid(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]
 
 
 def as_float(bits: int, dtype: str) -> float:
-    """The number that these bits are in F32, F16 or BF16."""
-    if dtype == "F16":
-        return float(struct.unpack("<e", bits.to_bytes(2, "little"))[0])
+    """The number that these bits are in F64, F32, F16 or BF16."""
+    if dtype in ("F64", "F16"):
+        form, size = ("<d", 8) if dtype == "F64" else ("<e", 2)
+        return float(struct.unpack(form, bits.to_bytes(size, "little"))[0])
     return float(struct.unpack("<f", (bits << 16 if dtype == "BF16" else bits).to_bytes(4, "little"))[0])
 
 

@@ -37,6 +37,8 @@ PLAUSIBLE: Mapping[Kind, tuple[float, float]] = {
     "k": (1e-6, 10.0),
     "v": (1e-6, 10.0),
 }
+IMPOSSIBLE = 1.0
+"""A weight's scale above this would mean weights above 448."""
 SATURATED_SHARE = 0.05
 """Under amax / 448 only weights within 3.6 % of the largest get the code 448: even evenly spread weights leave no more there."""
 FULL = 0x76
@@ -184,7 +186,7 @@ def _scale_findings(
             "vLLM computes with it, or takes a negative KV scale for a missing one, silently", "calibrate and export again",
         )  # fmt: skip
     else:
-        yield warning(
+        yield (error if kind == "weight" and max(odd or (largest,)) > IMPOSSIBLE else warning)(
             "values.scale-range", name, f"between {low:g} and {high:.3g}, as amax / 448 is", shown,
             "an amax, or one divided by a scale, may stand where amax / 448 belongs", "compare with --source",
         )  # fmt: skip

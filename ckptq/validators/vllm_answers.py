@@ -23,8 +23,8 @@ _SAME = 1e-6
 """Nats: a first token's log-probabilities from two images that differ by less come from a tower that sees neither."""
 _SUM = 1.001
 """Float32 log-probabilities of 20 tokens sum to no more than this."""
-_CHANCE = 2.0
-"""Nats a token: untrained models are some tenths worse than chance; what is worse by this is confident of what is wrong."""
+_CHANCE = 0.5
+"""Nats a token: an untrained model is worse than chance by less, one that is confident of what is wrong by more."""
 
 
 def check(generated: Mapping[str, Any]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from ckptq.validators.vllm_parts import KV_SCALE
 
 _LOADER = "vLLM 0.32.0 model_executor/"
 CODES = {
+    "server.alone": Code("ckptq knows no rules for this checkpoint: the real vLLM alone was asked"),
     "server.failed": Code("vLLM stopped with an error"),
     "server.timeout": Code("vLLM did not end within the time limit"),
     "server.ignored-key": Code(
@@ -56,6 +57,14 @@ def died(name: str, code: int, said: str) -> Finding:
     ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
     found = f"{ended}; it said last:\n{_last(said)}"
     return error("server.failed", name, "vLLM loads the checkpoint", found, "it can't be served", _FIRST_MEND)
+
+
+def alone(name: str, why: str) -> Finding:
+    """Where the checkpoint is of a kind that ckptq has no rules for, and vLLM is to load it all the same."""
+    return warning(
+        "server.alone", name, "an architecture, a method and settings that ckptq knows", why,
+        "what vLLM read and wrote is looked at; names, values and configs are not", "compare its answers with the source's",
+    )  # fmt: skip
 
 
 def _last(said: str) -> str:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,7 @@ def load(folder: Path, python: Path, *, generate: bool = False, timeout: float =
     The process and all that it started are gone when this returns or is interrupted.
     Raises UnsupportedError where `python` is no such interpreter, or has no vLLM that can be imported and watched.
     """
-    program = shutil.which(python)
-    if program is None:
-        raise UnsupportedError(f"{python}: no program that can be run; expected a Python interpreter", hint=_NAME_IT)
+    program = find_program(python)
     with tempfile.TemporaryDirectory(prefix="ckptq-") as scratch:
         result = Path(scratch) / "result.json"
         code, said = _run(folder, program, result, generate, timeout)
@@ -83,15 +81,23 @@ def load(folder: Path, python: Path, *, generate: bool = False, timeout: float =
         return Served((vllm_findings.timed_out(folder.name, timeout, said),))
     if code != 0 or not text:
         return Served((vllm_findings.died(folder.name, code, said),))
-    return served(json.loads(text), folder, _stored(folder))
+    return served(json.loads(text), folder)
 
 
-def served(trace: Mapping[str, Any], folder: Path, stored: Sequence[str]) -> Served:
-    """The trace of vllm_child.py as findings and figures. `stored`: names of the checkpoint's tensors, as its headers have them."""
+def find_program(python: Path) -> str:
+    """The program that `python` names. Raises UnsupportedError where there is none."""
+    program = shutil.which(python)
+    if program is None:
+        raise UnsupportedError(f"{python}: no program that can be run; expected a Python interpreter", hint=_NAME_IT)
+    return program
+
+
+def served(trace: Mapping[str, Any], folder: Path) -> Served:
+    """The trace of vllm_child.py, of the checkpoint in `folder`, as findings and figures."""
     generated = trace["generated"] or {"text": "", "logprobs": [], "images": []}
     images = generated["images"]
     return Served(
-        tuple(vllm_findings.findings(trace, folder.name, stored)),
+        tuple(vllm_findings.findings(trace, folder.name, _stored(folder))),
         trace["version"],
         str(trace["quantization"] or ""),
         trace["seconds"].get("model", 0.0),

@@ -122,12 +122,8 @@ def _stand_in_experts(used: list[str], undo: list[Callable[[], None]]) -> None:
     # Those that import them by name, before: one that is imported later would keep ours.
     for method in _EXPERT_METHODS:
         importlib.import_module(f"vllm.model_executor.layers.quantization.{method}")
-    swaps: list[tuple[Any, Any]] = [
-        (choose, select_fp8_moe_backend),
-        (convert, convert_to_fp8_moe_kernel_format),
-        (make, make_fp8_moe_kernel),
-    ]
-    for real, new in swaps:
+    swaps = {select_fp8_moe_backend: choose, convert_to_fp8_moe_kernel_format: convert, make_fp8_moe_kernel: make}
+    for new, real in swaps.items():
         for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
-            if vars(module).get(real.__name__) is real:
-                _swap(undo, module, real.__name__, new)
+            if vars(module).get(new.__name__) is real:
+                _swap(undo, module, new.__name__, new)
