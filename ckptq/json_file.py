@@ -106,13 +106,12 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_int, parse_flo
 
 
 def _refuse_deep(value: Any, *, halves: bool) -> None:
-    level = [value]
+    level: list[Any] = [[value]]
     for _ in range(_DEPTH + 1):
+        inside = [inner for outer in level for inner in _inside(outer)]
         if halves:
-            _refuse_halves(level)
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
-        if not halves:
-            level = [inner for inner in level if isinstance(inner, (dict, list))]
+            _refuse_halves(inside)
+        level = [inner for inner in inside if isinstance(inner, (dict, list))]
         if not level:
             return
     raise ValueError(f"nested deeper than {_DEPTH}")

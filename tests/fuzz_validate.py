@@ -63,6 +63,45 @@ SUFFIXES = (
     ".bias", ".weight", ".g_idx", "\x1b[2J", ".0", ".99999999999999999999.x", "_scale",
 )  # fmt: skip
 
+SECTIONS: dict[str, dict[str, Any]] = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head", "re:.*visual.*"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128], "symmetric": True,
+                            "dynamic": False, "group_size": None},
+                "input_activations": {"num_bits": 8, "type": "float", "strategy": "group", "dynamic": True, "group_size": 128},
+                "format": None,
+            }
+        },
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+    },
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "ignored_layers": ["lm_head"],
+            "modules_to_not_convert": None},
+    "quark": {
+        "quant_method": "quark",
+        "global_quant_config": {
+            "weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "observer_cls": "x", "ch_axis": None},
+            "input_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False},
+            "output_tensors": None,
+        },
+        "exclude": ["re:visual.*", "lm_head"],
+        "layer_quant_config": {"*.k_proj": {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}},
+        "layer_type_quant_config": {},
+        "export": {"kv_cache_group": ["*.k_proj", "*.v_proj"], "pack_method": "order"},
+        "kv_cache_dtype": "fp8",
+        "quant_mode": "eager_mode",
+    },
+    "modelopt, nested": {
+        "producer": {"name": "modelopt", "version": "0.47"},
+        "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["visual*", "lm_head"]},
+    },
+}  # fmt: skip
+"""quantization_config of methods that OWN has not."""
+
 
 # --- inputs ---
 
@@ -120,6 +159,9 @@ def _seeds(bases: tuple[str, ...]) -> Iterator[Attack]:
             content = good(base, target)
             if content is not None:
                 yield Attack(base, target, number, content)
+    own = json.loads(good(OWN[1], "config.json") or b"")
+    for section in SECTIONS.values():
+        yield Attack(OWN[1], "config.json", 0, json.dumps({**own, "quantization_config": section}).encode())
 
 
 # --- mutations that keep a file JSON ---
@@ -129,11 +171,11 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
     """Up to four changes somewhere in the value, which is found by random steps down. What is no JSON stays."""
     try:
         root = [json.loads(content)]
-    except (ValueError, RecursionError):
+        for _ in range(rng.randint(1, 4)):
+            _change(root, rng)
+        return json.dumps(root[0]).encode()
+    except (ValueError, RecursionError):  # Python reads no number of 4,300 digits, and writes none
         return content
-    for _ in range(rng.randint(1, 4)):
-        _change(root, rng)
-    return json.dumps(root[0]).encode()
 
 
 def scrambled(content: bytes, rng: random.Random) -> bytes:
@@ -177,7 +219,7 @@ def _change(root: list[Any], rng: random.Random) -> None:
     elif kind == 5 and isinstance(at[key], list):
         at[key] = copy.deepcopy([*at[key], *at[key], rng.choice(VALUES)])
     elif kind == 5 and isinstance(at[key], int):
-        at[key] = rng.choice((at[key] + 1, at[key] - 1, -at[key], at[key] * 2, at[key] << 40, str(at[key]), at[key] / 2))
+        at[key] = rng.choice((at[key] + 1, at[key] - 1, -at[key], at[key] * 2, at[key] << 40, str(at[key]), at[key] // 2))
     else:
         at[key] = copy.deepcopy(rng.choice(VALUES))
 
@@ -286,8 +328,7 @@ def run(attack: Attack, room: Room) -> str:
     if outcome.refusal is None:
         human(outcome)
         return "findings" if outcome.findings else "clean"
-    harmless(outcome.refusal.message)
-    harmless(outcome.refusal.hint or "")
+    harmless(reports.printable(f"{outcome.refusal.message}\n{outcome.refusal.hint}", lines=True))
     return str(outcome.refusal.kind)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import fuzz_validate
 import pytest
 from corpus.bases import folder
-from fuzz_validate import INDEX, OWN, TARGETS, Attack, Room, harmless
+from fuzz_validate import INDEX, OWN, SECTIONS, TARGETS, Attack, Room, harmless
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -458,7 +458,7 @@ BOMBS: dict[str, tuple[Change, int]] = {
     "a header of one text": (lambda at: write_header(at / WEIGHTS, b'{"a":"' + b"x" * 60_000_000 + b'"}'), 2),
     "a header of brackets": (lambda at: write_header(at / WEIGHTS, b"[" * 60_000_000), 2),
     "a header of empty objects": (lambda at: write_header(at / WEIGHTS, b"[" + b"{}," * 30_000_000 + b"0]"), 2),
-    "200,000 tensors": (many_tensors(200_000, "model.layers.%d.x.k_scale"), 1),
+    "100,000 tensors": (many_tensors(100_000, "model.layers.%d.x.k_scale"), 1),
     "a config of wide characters": (lambda at: (at / "config.json").write_text('{"a":"' + "\U0001f600" * 3_900_000 + '"}'), 2),
     "a config longer than allowed": (lambda at: os.truncate(at / "config.json", 1 << 40), 2),
     "a config of 900,000 keys": (config(lambda data: data.update({str(i): i for i in range(900_000)})), 0),
@@ -468,7 +468,7 @@ BOMBS: dict[str, tuple[Change, int]] = {
     "4,096 experts in each of 4,096 layers": (experts(4096, 4096), 2),
     "65,536 experts": (experts(128, 512), 1),
     "a million exclusions": (excluding(1_000_000, "q"), 2),
-    "100,000 exclusions": (excluding(100_000, "visual.x"), 1),
+    "20,000 exclusions": (excluding(20_000, "visual.x"), 1),
     "an exclusion of 15 MB": (excluding(1, "*a", 7_500_000), 2),
     "an exclusion of many stars": (excluding(1, "*a", 2000), 1),
 }  # fmt: skip
@@ -484,8 +484,8 @@ def test_memory_stays_bounded(change: Change, code: int, at: Path) -> None:
 
 
 def test_the_pass_over_values_takes_no_memory_for_a_large_tensor(at: Path) -> None:
-    """8 GB of zeros that take no disk, in one tensor of the checkpoint's last file."""
-    size = 8 << 30
+    """2 GB of zeros that take no disk, in one tensor of the checkpoint's last file."""
+    size = 2 << 30
     text = json.dumps({"x": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
     write_header(at / WEIGHTS, text)
     os.truncate(at / WEIGHTS, 8 + len(text) + size)
@@ -501,6 +501,7 @@ EXPRESSIONS = [
     "re:" + "(" * 2000,
     "re:((((a{1,999}){1,999}){1,999}){1,999}){1,999}",
     "re:(?R)",
+    "re:(a|(?1))*$",
     "re:",
 ]
 
@@ -514,44 +515,6 @@ def test_expressions_that_take_forever_are_given_up(expression: str, at: Path) -
 
 
 # --- any value anywhere ---
-
-SECTIONS: dict[str, dict[str, Any]] = {
-    "compressed-tensors": {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "ignore": ["lm_head", "re:.*visual.*"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128], "symmetric": True,
-                            "dynamic": False, "group_size": None},
-                "input_activations": {"num_bits": 8, "type": "float", "strategy": "group", "dynamic": True, "group_size": 128},
-                "format": None,
-            }
-        },
-        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
-    },
-    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "ignored_layers": ["lm_head"],
-            "modules_to_not_convert": None},
-    "quark": {
-        "quant_method": "quark",
-        "global_quant_config": {
-            "weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "observer_cls": "x", "ch_axis": None},
-            "input_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False},
-            "output_tensors": None,
-        },
-        "exclude": ["re:visual.*", "lm_head"],
-        "layer_quant_config": {"*.k_proj": {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}},
-        "layer_type_quant_config": {},
-        "export": {"kv_cache_group": ["*.k_proj", "*.v_proj"], "pack_method": "order"},
-        "kv_cache_dtype": "fp8",
-        "quant_mode": "eager_mode",
-    },
-    "modelopt, nested": {
-        "producer": {"name": "modelopt", "version": "0.47"},
-        "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["visual*", "lm_head"]},
-    },
-}  # fmt: skip
 
 
 def section(method: str, **changes: Any) -> dict[str, Any]:
@@ -644,7 +607,7 @@ def test_fuzzed_files_end_in_findings_or_a_refusal(base: str, target: str, mode:
 
 def test_the_seeds_of_the_fuzzer_are_read(room: Room) -> None:
     """Else it would fuzz refusals alone."""
-    for attack in fuzz_validate.seeds(OWN):
-        assert fuzz_validate.run(Attack(attack.base, attack.target, 1, attack.content), room) == "clean"
+    for attack in fuzz_validate.seeds(OWN)[: -len(SECTIONS)]:
+        assert fuzz_validate.run(Attack(attack.base, attack.target, 0, attack.content), room) == "clean"
     assert fuzz_validate.read_attack(fuzz_validate.seeds(OWN)[0].raw()) == fuzz_validate.seeds(OWN)[0]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10 < 4096

@@ -63,6 +63,15 @@ def by_pb_wo(w: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
     return "weight_scale", scale[:, None, :, None], quotient
 
 
+def by_group(w: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """One scale for 96 values of a row, [n, ceil(k / 96)]."""
+    n, k = w.shape
+    padded = torch.zeros(n, -(-k // 96) * 96)
+    padded[:, :k] = w.float().abs()
+    scale = padded.unfold(1, 96, 96).amax(2) / 448
+    return "weight_scale_inv", scale, w.float() / scale.repeat_interleave(96, 1)[:, :k]
+
+
 def by_tensor_in_bf16(w: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
     """As llm-compressor does it: the scale is BF16, and so is the quotient."""
     scale = (w.float().abs().amax() / 448).bfloat16()
@@ -139,6 +148,16 @@ def test_any_shape_is_right_and_one_code_two_steps_off_is_found(
     assert finding.found.startswith(f"1 of {rows * columns} values are not, first [{at // columns}, {at % columns}]")
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_blocks_of_one_row(tmp_path: Path, rows: int) -> None:
+    before = {f"{OUT}.weight": weight(3, rows, 70_001)}
+    after = encoded(before, by_group)
+    config = {**CONFIG, "quantization_config": {"weight_block_size": [1, 96]}}
+    assert check(tmp_path, after, before, config) == []
+    after[f"{OUT}.weight_scale_inv"][-1, -1] *= 1.5
+    assert [f.code for f in check(tmp_path, after, before, config)] == ["passthrough.weight-error"]
+
+
 @given(st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
 def test_dtypes_of_copies(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
@@ -181,6 +200,13 @@ def test_transposed_copies(tmp_path: Path) -> None:
     before = {"visual.merger.mlp.0.weight": weight(5)}
     after = {name: t.t() for name, t in before.items()}
     assert found(check(tmp_path, after, before), "passthrough.bytes").endswith("; it is the source's, transposed")
+
+
+def test_a_symmetric_weight_is_not_called_transposed(tmp_path: Path) -> None:
+    before = {f"{OUT}.weight": weight(5) + weight(5).t()}
+    after = encoded(before, by_tensor)
+    after[f"{OUT}.weight"].view(torch.uint8)[200, 100] ^= 0x80
+    assert "; " not in found(check(tmp_path, after, before))
 
 
 def test_another_shape(tmp_path: Path) -> None:

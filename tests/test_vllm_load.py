@@ -20,7 +20,7 @@ import pytest
 import torch
 from corpus.bases import folder
 from corpus.edit import Edit, alter, both, dequantized, drop, edit_json, put, rows, to
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptq.validators
@@ -53,6 +53,7 @@ def said(findings: Iterable[Finding]) -> Said:
 Span = st.tuples(st.integers(0, 60), st.integers(0, 60))
 
 
+@settings(deadline=None)
 @given(spans=st.lists(Span, max_size=12), window=Span.map(sorted))
 def test_intervals_are_sets(spans: list[tuple[int, int]], window: list[int]) -> None:
     kept, expected = Intervals(), set[int]()
@@ -79,6 +80,7 @@ def track(
     return tracker.finish(parameters.items())
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_every_element_that_a_copy_touches_is_known(data: st.DataObject) -> None:
     """A loader that narrows both sides, as those of fused and sharded linears do; the masks are filled beside it."""
@@ -274,6 +276,23 @@ def test_after_an_interrupt_all_its_processes_are_gone(tmp_path: Path) -> None:
     assert gone(int(pid.read_text()))
 
 
+def test_it_does_not_outlive_a_ckptq_that_is_killed(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text(
+        f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(1000)\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; from ckptq.validators.vllm_load import load; load(Path('.'), Path(sys.executable))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}) as ckptq:
+        while not (pid.exists() and pid.read_text()):
+            assert ckptq.poll() is None
+            time.sleep(0.05)
+        ckptq.kill()
+    assert gone(int(pid.read_text()))
+
+
 def gone(pid: int) -> bool:
     """Within some seconds: an orphan is taken off the list by another process."""
     for _ in range(100):
@@ -304,10 +323,11 @@ def without_a_file(folder: Path) -> None:
     sorted(folder.glob("*.safetensors"))[1].unlink()
 
 
-def listed_nowhere(folder: Path) -> None:
-    """What vLLM's own format of files is: it is loaded in the place of all others."""
-    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    drop("lm_head.weight")(folder)
+def another_goes_first(folder: Path) -> None:
+    """Files of the name that Mistral's have are loaded in the place of all others."""
+    before = (folder / "model.safetensors").read_bytes()
+    put({"model.extra.weight": torch.zeros(2)})(folder)
+    (folder / "consolidated.safetensors").write_bytes(before)
 
 
 KV = "model.layers.{0,1}.self_attn.k_proj.k_scale, model.layers.{0,1}.self_attn.v_proj.v_scale"
@@ -362,7 +382,7 @@ LOADS: dict[str, tuple[str, Edit, Said]] = {
     "a file missing": (SHARDED, without_a_file, {("error", "failed", "")}),
     "another file goes first": (
         DENSE,
-        both(listed_nowhere, put({"model.extra.weight": torch.zeros(2)})),
+        another_goes_first,
         {("error", "ignored-key", "model.extra.weight")},
     ),
     "an expert's half missing": (MOE, drop(f"{E}.2.up_proj.weight"), {("error", "unwritten", f"{E}.2.up_proj.weight")}),

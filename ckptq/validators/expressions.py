@@ -6,6 +6,7 @@ vLLM 0.32.0 model_executor/layers/quantization/utils/config_utils.py is_equal_or
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -22,6 +23,8 @@ CODES = {
 SECONDS = 2.0
 """For all matches of one expression, but for those that take no time: one from a checkpoint may be made to run forever."""
 _NO_TIME = 0.01
+_CALLS = re.compile(r"\(\?(?:R|&|P>|[+-]?\d)")
+"""A part of an expression that matches another part, or the whole, anew: nothing bounds its memory."""
 
 
 def check(entries: Iterable[str], file: str) -> Iterator[Finding]:
@@ -37,13 +40,15 @@ def check(entries: Iterable[str], file: str) -> Iterator[Finding]:
 def matches(value: str, entry: str) -> bool:
     """`re:` matches from the start of the name; all else is compared whole.
 
-    Raises SourceError for an expression that takes longer than SECONDS in all.
+    Raises SourceError for an expression that takes longer than SECONDS in all, or memory without bound.
     """
     if not entry.startswith("re:"):
         return value == entry
+    if _CALLS.search(entry):
+        raise SourceError(f"config.json: the expression {entry!r} calls itself, which is not followed")
     try:
         return _expression(entry[3:])(value)
-    except TimeoutError:
+    except (TimeoutError, MemoryError):
         raise SourceError(f"config.json: the expression {entry!r} takes too long to match {value}") from None
 
 

@@ -171,14 +171,12 @@ def _scale_over(table: F32, grid: Grid, top: int, bottom: int, left: int, right:
     """The scales of a piece, in a shape that spreads over [bottom - top, right - left]."""
     import numpy as np
 
-    if grid.high == 1:
-        return table[top:bottom, :1]
-    line: F32 = table[top // grid.high]
+    lines: F32 = table[top:bottom] if grid.high == 1 else table[top // grid.high :][:1]
     if grid.wide >= grid.columns:
-        return line[:1]
+        return lines
     first = left // grid.wide
-    spread: F32 = np.repeat(line[first : -(-right // grid.wide)], grid.wide)
-    return spread[left - first * grid.wide :][: right - left]
+    spread: F32 = np.repeat(lines[:, first : -(-right // grid.wide)], grid.wide, axis=1)
+    return spread[:, left - first * grid.wide :][:, : right - left]
 
 
 def _all_near(x: F32, codes: memoryview, scale: F32, bits: I32) -> bool:

@@ -18,6 +18,9 @@ CODES = {
 }
 # Dropped without harm: AutoWeightsLoader skips rotary caches, QuantizationConfig what attention quantization leaves behind.
 _DROPPED = ("rotary_emb.inv_freq", ".g_idx", ".q_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point")
+# Scales of queries and probabilities, which an FP8 cache alone would use: fp8.py and quark/quark.py get_cache_scale_mapper.
+_TAKES_OUTPUTS = ("fp8", "quark")
+_OUTPUTS = (".self_attn.q_proj.output_scale", ".self_attn.prob_output_scale")
 
 
 def check(at: Expected) -> Iterator[Finding]:
@@ -36,7 +39,7 @@ def check(at: Expected) -> Iterator[Finding]:
                 "layout.unknown-tensor", name, "no such tensor", "stored",
                 "vLLM has no place for this bias and drops it silently, so the linear computes something else", "check config.json",
             )  # fmt: skip
-        elif not name.endswith(_DROPPED):
+        elif not name.endswith(_DROPPED) and not (at.settings.method in _TAKES_OUTPUTS and name.endswith(_OUTPUTS)):
             refused = at.settings.server.unknown_refused or not _dropped_when_unknown(name, at.scope)
             yield (error if refused else warning)(
                 "layout.unknown-tensor", name, "no such tensor, by config.json and the server's names", "stored",

@@ -112,8 +112,10 @@ class _Names:
 
     def __init__(self, trace: Mapping[str, Any]) -> None:
         self.fronts: dict[str, str] = {}
-        self.prefixes: list[tuple[str, str]] = sorted(
-            ((new, old) for old, new in trace["prefixes"].items()), key=lambda p: -len(p[0])
+        # The longest first; of those that mean the same the one that the checkpoint's names have.
+        used = {old for old in trace["prefixes"] if any(key.startswith(old) for key in trace["keys"])}
+        self.prefixes = sorted(
+            ((new, old) for old, new in trace["prefixes"].items()), key=lambda pair: (-len(pair[0]), pair[1] not in used)
         )
         for key, entry in trace["keys"].items():
             for parameter in entry["parameters"]:
@@ -209,9 +211,7 @@ def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
 
 def _store(leaf: str) -> str:
     if "scale" in leaf:
-        return (
-            "store the scale under this name, or a linear that isn't quantized in the config's exclude list as the server reads it"
-        )
+        return "store the scale under this name; a linear that isn't quantized belongs in the config's exclude list"
     return "store the tensor under this name, with the full shape"
 
 

@@ -53,7 +53,6 @@ MODELOPT = (
             "vl-modelopt": {
                 "fp8": setting(quant_method="fp8", activation_scheme="static"),
                 "compressed-tensors": setting(quant_method="compressed-tensors"),
-                "modelopt_fp4": setting(quant_method="modelopt_fp4"),
             },
             "vl-fp8-static": {
                 "modelopt": setting(quant_method="modelopt", quant_algo="FP8", ignore=["lm_head", "visual.blocks.0*"])
@@ -64,6 +63,7 @@ MODELOPT = (
             "vl-fp8-static": {
                 "modelopt, and its list": setting(quant_method="modelopt", quant_algo="FP8", ignore=["lm_head", "visual*"])
             },
+            "vl-modelopt": {"of its own for another format": setting(quant_method="modelopt_fp4")},
             "vl-ct-dynamic": {"with an underscore": setting(quant_method="compressed_tensors")},
         },
     ),
@@ -112,7 +112,6 @@ MODELOPT = (
                 "asymmetric": section(lambda s: s["kv_cache_scheme"].update(symmetric=False)),
                 "by channel": section(lambda s: s["kv_cache_scheme"].update(strategy="channel")),
             },
-            "vl-fp8-static": {"scales for a cache that can't be declared": put(dict.fromkeys(KEYS, torch.tensor(0.01)))},
         },
         near={
             "vl-modelopt": {
@@ -120,6 +119,7 @@ MODELOPT = (
                 "in the word of the other file": both(setting(kv_cache_scheme=None), setting(kv_cache_quant_algo="FP8")),
                 "absent from the file that does not count": other(lambda q: q.update(kv_cache_quant_algo=None)),
             },
+            "vl-fp8-static": {"scales for a cache that can't be declared": put(dict.fromkeys(KEYS, torch.tensor(0.01)))},
             "vl-no-kv": {"null": section(lambda s: s.update(kv_cache_scheme=None))},
         },
     ),

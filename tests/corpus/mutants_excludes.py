@@ -104,13 +104,13 @@ MODELOPT = (
             "vl-kept-qkv": {
                 "stars before": instead("self_attn", *(f"*layers.0.self_attn.{s}_proj" for s in "qkv")),
                 "stars after": instead("self_attn", *(f"{ATTENTION}{s}_pro?" for s in "qkv")),
+                "a star after part of the fused name": instead("self_attn", "*layers.0.self_attn.qkv*"),
                 "one for three": instead("self_attn", "*layers.0.self_attn.[qkv]_proj"),
             }
         },
         near={
             "vl-kept-qkv": {
                 "the fused name": instead("self_attn", f"{ATTENTION}qkv_proj"),
-                "a glob of the fused name": instead("self_attn", "*layers.0.self_attn.qkv*"),
                 "part of the fused name": instead("self_attn", "layers.0.self_attn.qkv"),
             }
         },
@@ -133,13 +133,8 @@ MODELOPT = (
     ),
     *fault(
         "layer 1 excludes layers 10 and 11",
-        bad={
-            "vl-deep-kept": {
-                "layers.1": instead("layers.1", "model.layers.1"),
-                "a star without a dot": instead("layers.1", "*layers.1*"),
-            }
-        },
-        near={"vl-deep-kept": {"layers.1.": instead("layers.1", "model.layers.1."), "*.1.*": instead("layers.1", "*.layers.1.*")}},
+        bad={"vl-deep-kept": {name: instead("layers.1", name) for name in ("model.layers.1", "model.layers.1*", "layers.1")}},
+        near={"vl-deep-kept": {name: instead("layers.1", name) for name in ("model.layers.1.", "*.layers.1.*", "*layers.1*")}},
     ),
     *fault(
         "exclude list under another key",

@@ -164,11 +164,8 @@ LOADING = (
     ),
     *fault(
         "hf_quant_config.json unreadable",
-        bad={
-            "vl-one-config": {"no JSON": text("hf_quant_config.json", "{")},
-            "vl-modelopt": {"no JSON, which nobody reads": text("hf_quant_config.json", "{")},
-        },
-        near={"vl-modelopt": {"in one line": lambda folder: one_line(folder / "hf_quant_config.json")}},
+        bad={"vl-one-config": {"no JSON": text("hf_quant_config.json", "{"), "a list": text("hf_quant_config.json", "[]")}},
+        near={"vl-modelopt": {"beside a config.json that says all": text("hf_quant_config.json", "{")}},
     ),
 )
 
@@ -199,11 +196,16 @@ STRAYS = (
         bad={
             "vl-modelopt": {
                 "part of the weights": beside("consolidated.safetensors", same, NORM),
-                "all of them": beside("consolidated.safetensors", same, "*"),
+                "all of them, older": beside("consolidated.safetensors", times(0.5), "*"),
             },
             "vl-ours": {"a shard": beside("consolidated-00001-of-00002.safetensors", same, NORM)},
         },
-        near={"vl-modelopt": {"a name like it": beside("my-consolidated.safetensors", same, NORM)}},
+        near={
+            "vl-modelopt": {
+                "a name like it": beside("my-consolidated.safetensors", same, NORM),
+                "all of them, the same": beside("consolidated.safetensors", same, "*"),
+            }
+        },
     ),
     *fault(
         "tensor in two shards",

@@ -70,7 +70,6 @@ MUTANTS = (
         bad={
             "vl-ct-static vl-ct-dynamic": {
                 "int": weights(type="int"),
-                "4 bits": weights(num_bits=4),
                 "asymmetric": weights(symmetric=False),
             },
             "vl-ct-dynamic": {"dynamic": weights(dynamic=True)},

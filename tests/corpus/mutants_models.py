@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from corpus.edit import both, drop
+from corpus.edit import both, copy, drop
 from corpus.edit_files import config
 from corpus.mutants import fault
 
@@ -66,10 +66,13 @@ MUTANTS = (
     ),
     *fault(
         "tied embeddings",
-        bad={
-            "vl-tied": {"said not to be": config(untied)},
-            "vl-modelopt": {"said to be, lm_head dropped": both(config(tied), drop("lm_head.weight"))},
-        },
+        bad={"vl-tied": {"said not to be": config(untied)}},
         near={"vl-modelopt": {"said to be, lm_head stored": config(tied)}},
+    ),
+    *fault(
+        "lm_head dropped, as if it were tied",
+        bad={"vl-modelopt": {"config.json agrees": both(config(tied), drop("lm_head.weight"))}},
+        near={"vl-tied": {"a head that is the embeddings": copy("model.embed_tokens.weight", "lm_head.weight")}},
+        needs="source",
     ),
 )

@@ -70,11 +70,10 @@ MISSING = (
                 "down": drop(f"{DOWN}.input_scale"),
                 "q, k and v": drop(f"{L0}self_attn.[qkv]_proj.input_scale"),
                 "all": drop("*.input_scale"),
-                "q alone": drop(f"{Q}.input_scale"),
             },
             "vl-ct-static vl-fp8-static": {"o": drop(f"{OUT}.input_scale"), "all": drop("*.input_scale")},
         },
-        near={"vl-modelopt": {"in a file of its own": elsewhere("*.input_scale")}},
+        near={"vl-modelopt": {"of one shard": drop(f"{Q}.input_scale"), "in a file of its own": elsewhere("*.input_scale")}},
     ),
     *fault(
         "some kv scales missing",

@@ -146,7 +146,7 @@ def settings(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def compare(good: Any, found: Any, absent: bool) -> Iterator[tuple[str, str]]:
-    """(name, how it differs beyond rounding). `absent`: scales of the KV cache are not to be looked at."""
+    """(name, how it differs beyond rounding). `absent`: scales and dtype of the KV cache are not to be looked at."""
     (b_values, b_dtypes, b_settings, b_steps), (a_values, a_dtypes, a_settings, a_steps) = good, found
     for name in sorted(b_dtypes.keys() | a_dtypes.keys()):
         if name not in a_dtypes or name not in b_dtypes:
@@ -156,9 +156,10 @@ def compare(good: Any, found: Any, absent: bool) -> Iterator[tuple[str, str]]:
         elif name in b_values and not (absent and name.endswith(("._k_scale", "._v_scale"))):
             step = max(a_steps[name], b_steps[name]) if b_dtypes[name] == "float8_e4m3fn" else None
             yield from differs(name, a_values[name], b_values[name], step)
-    for name in sorted(b_settings.keys() | a_settings.keys()):
-        if b_settings.get(name) != a_settings.get(name):
-            yield name, f"{a_settings.get(name)!r}, not {b_settings.get(name)!r}"
+    # What only one of them has tells of classes, and those show in tensors.
+    for name in sorted(b_settings.keys() & a_settings.keys()):
+        if b_settings[name] != a_settings[name] and not (absent and name.endswith(".kv_cache_dtype")):
+            yield name, f"{a_settings[name]!r}, not {b_settings[name]!r}"
 
 
 def differs(name: str, a: torch.Tensor, b: torch.Tensor, step: float | None) -> Iterator[tuple[str, str]]:
@@ -217,6 +218,7 @@ class Session:
         self.source: Values = {}
         self.losses: dict[str, Any] = {}
         self.casts: frozenset[str] = frozenset()
+        self.kv_absent = False
 
     def load(self, folder: str) -> tuple[Any, dict[str, Any]]:
         loaded = self.child.load(folder)
@@ -233,7 +235,7 @@ class Session:
         again, _ = self.load(good)
         assert not (noise := list(compare(self.good, again, False))), f"{good}: differs from itself: {noise}"
         assert not (gaps := list(unwritten(trace))), f"{good}: nothing wrote {gaps}"
-        self.casts = frozenset(casts(trace))
+        self.casts, self.kv_absent = frozenset(casts(trace)), kv_absent(trace)
         if self.paths[1] != source:
             (self.source, *_), _ = self.load(source)
         self.losses = losses(self.good[0], self.good[1], self.source, None)
@@ -249,7 +251,7 @@ class Session:
             evidence["error"] = f"{error['type']}: {error['message']}".replace(job["folder"], "FOLDER")[:160]
             evidence["where"] = f"{trace['stage']}: {error['where'].partition(':')[0]}"
         else:
-            evidence["kv_absent"] = absent = kv_absent(trace) and not self.kv_is_absent
+            evidence["kv_absent"] = absent = kv_absent(trace) and not self.kv_absent
             evidence["differ"] = list(compare(self.good, found, absent))
             evidence["lost"] = [] if evidence["differ"] else list(self.lost(found))
         evidence["unwritten"] = list(unwritten(trace))
@@ -265,11 +267,6 @@ class Session:
             before, _ = self.losses.get(name, (loss, False))
             if loss > LOSS * before:
                 yield name, f"error {loss:.3f}, not {before:.3f}"
-
-    @property
-    def kv_is_absent(self) -> bool:
-        """Whether the good export itself declares what it does not store."""
-        return all(float(v.max()) == 1.0 for name, v in self.good[0].items() if name.endswith("._k_scale"))
 
 
 def unwritten(trace: Mapping[str, Any]) -> Iterator[str]:

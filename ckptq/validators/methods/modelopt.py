@@ -149,10 +149,9 @@ def excluded(prefix: str, patterns: Sequence[str], packed: Mapping[str, Sequence
     exact = exactly_skipped(prefix, patterns, packed, server)
     if exact is None:
         return "refused"
-    inside = prefix.removeprefix("language_model.")
     if (
         exact
-        or any(p != prefix and (p in prefix or p in inside) for p in patterns)
+        or any(p != prefix and p in prefix for p in patterns)
         or any(fnmatchcase(prefix, p) for p in patterns)
         or any(name in prefix for name in _OLD_TOWERS)
     ):

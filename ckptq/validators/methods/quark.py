@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptq.errors import UnsupportedError
+from ckptq.errors import SourceError, UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, expressions, has_errors, warning
 from ckptq.validators.formats import BLOCK, SCALAR, Format, Granularity
@@ -30,6 +30,7 @@ _SHAPES: Mapping[Granularity, tuple[str, ...]] = {"tensor": SCALAR, "channel": (
 # models/qwen2_5_vl.py packed_modules_mapping has this name as a shard of itself: _find_matched_config then passes layers' own
 # settings over.
 _SELF_PACKED = "qkv"
+_MOST_MATCHES = 1_000_000
 Config = Mapping[str, Any]
 
 
@@ -99,6 +100,8 @@ def _kv_output(output: Any) -> bool:
 def _kv_configs(section: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The layers' settings that kv_cache_group speaks of."""
     group, layers = section["export"]["kv_cache_group"], section.get("layer_quant_config") or {}
+    if len(group) * len(layers) > _MOST_MATCHES:
+        raise SourceError(f"kv_cache_group: {len(group)} names against {len(layers)} of layer_quant_config: too many to match")
     return [c for name, c in layers.items() if isinstance(c, Mapping) and any(fnmatchcase(name, g) for g in group)]  # type: ignore[misc]
 
 
@@ -149,7 +152,7 @@ def _tensors(config: Config, server: Server) -> tuple[Any, Any]:
 
 def _other_format(weight: Any) -> bool:
     """Whether the weights are none of those that ckptq knows, which vLLM may serve all the same."""
-    if not isinstance(weight, Mapping) or weight.get("dtype") != "fp8_e4m3" or weight.get("qscheme") not in _GRANULARITIES:
+    if not isinstance(weight, Mapping) or weight.get("dtype") != "fp8_e4m3" or weight.get("qscheme") not in (*_GRANULARITIES,):
         return True
     block = weight["qscheme"] == "per_block" and weight.get("block_size")
     return bool(block) and (block != list(BLOCK) or weight.get("scale_type") == "float8_e8m0fnu")
