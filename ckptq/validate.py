@@ -14,7 +14,7 @@ from ckptq.errors import SourceError
 from ckptq.json_file import read_json
 from ckptq.plan import Plan, module_of
 from ckptq.scopes import Scope, find_scope
-from ckptq.validators import Finding, Stored, configs, files, kv, layout, parallel, record, strays
+from ckptq.validators import Finding, Stored, configs, dtypes, files, kv, layout, parallel, record, strays
 from ckptq.validators.expected import Expected, expect
 from ckptq.validators.grouping import group, has_errors
 from ckptq.validators.servers import DEFAULT, Server
@@ -55,7 +55,9 @@ def validate_folder(
     tensors = {name: tensor.spec for name, tensor in main.tensors.items()}
     talk = progress or Console(quiet=True)
     with talk.stage("layout", len(tensors), "tensors") as advance:
-        findings = list(_layout(Stored(main.config, _other_config(folder), tensors), scope, server, tp, ep, talk.facts))
+        other, unreadable = _other_config(folder, idle=isinstance(main.config.get("quantization_config"), dict))
+        stored = Stored(main.config, other, tensors, unreadable)
+        findings = list(_layout(stored, scope, server, tp, ep, talk.facts))
         findings += files.check(folder, main, values=values)
         advance(len(tensors))
     written, odd = record.read(folder)
@@ -102,6 +104,7 @@ def _layout(stored: Stored, scope: Scope, server: Server, tp: int, ep: bool, fac
     facts |= figures(at)
     for validator in (layout, strays, kv):
         yield from validator.check(at)
+    yield from dtypes.check(at, stored)
     if tp > 1 or ep:
         shapes = {module_of(name): spec.shape for name, spec in stored.tensors.items() if name.endswith(".weight")}
         linears = dict.fromkeys(at.linears.values())
@@ -109,14 +112,20 @@ def _layout(stored: Stored, scope: Scope, server: Server, tp: int, ep: bool, fac
         yield from parallel.check(scope, stored.config, built, shapes, tp, ep=ep, server=server)
 
 
-def _other_config(folder: Path) -> Mapping[str, Any] | None:
+def _other_config(folder: Path, idle: bool) -> tuple[Mapping[str, Any] | None, str]:
+    """(hf_quant_config.json, why it can't be read). Raises SourceError for that, unless the file is `idle`."""
     path = folder / configs.OTHER
     if not path.exists():
-        return None
-    data = read_json(path)
-    if not isinstance(data, dict):
-        raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+        return None, ""
+    try:
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    except SourceError as problem:
+        if idle:
+            return None, str(problem)
+        raise
+    return data, ""
 
 
 def _values(inventory: Inventory, scope: Scope, talk: Console, digests: dict[str, str] | None) -> list[Finding]:

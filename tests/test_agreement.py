@@ -6,7 +6,6 @@ pytest tests/test_agreement.py -m server -s             # records a part of it a
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,10 +30,17 @@ def test_the_validator_agrees_with_vllm(verdicts: list[Verdict]) -> None:
     assert disagreements(verdicts) == []
 
 
+def test_kv_scales_on_the_tower_are_named(verdicts: list[Verdict]) -> None:
+    """visual.blocks.0.attn.k_proj.k_scale, while the exclude list holds `visual*`: ModelOpt's trap."""
+    found = [v for v in verdicts if v.mutant.name.endswith("/kv scales on the vision tower/ModelOpt's trap")]
+    assert {v.label for v in found} == {"refused"}
+    assert all(any(finding.startswith("error layout.kv-on-tower visual.blocks.0.attn") for finding in v.findings) for v in found)
+
+
 def test_absent_kv_scales_are_a_warning_and_an_error_where_they_were_calibrated(verdicts: list[Verdict]) -> None:
-    absent = {v.mutant.name: v for v in verdicts if v.evidence.get("kv_absent")}
-    assert {v.said for v in absent.values() if v.mutant.needs != "record"} == {"warning"}, "with --strict an error"
-    assert {v.said for v in absent.values() if v.mutant.needs == "record"} == {"error"}
+    absent = [v for v in verdicts if v.label == "degraded" and v.evidence.get("kv_absent")]
+    assert {v.said for v in absent if v.mutant.needs != "record"} == {"warning"}, "with --strict an error"
+    assert {v.said for v in absent if v.mutant.needs == "record"} == {"error"}
 
 
 def test_the_corpus_is_as_large_as_it_should_be() -> None:
@@ -64,11 +70,8 @@ def test_good_exports_have_no_errors(name: str, needs: str | None, tmp_path: Pat
 
 @pytest.mark.server
 def test_vllm_does_what_was_recorded() -> None:
-    """Of each class and label one mutant. For all of them, which takes minutes: `tests/server/record_behavior.py --check`."""
-    before = read_table()
-    sample: dict[tuple[str, str], Mutant] = {}
-    for mutant in EVERY:
-        sample.setdefault((mutant.fault, before[mutant.name]["label"]), mutant)
+    """One mutant of each class of fault. For all of them, which takes minutes: `tests/server/record_behavior.py --check`."""
+    sample = {mutant.fault: mutant for mutant in reversed(EVERY) if not mutant.near_miss}
     after = record_behavior.record(list(sample.values()))
-    assert record_behavior.changed(before, after) == []
-    assert Counter(row["label"] for row in after.values()).keys() == {"refused", "wrong", "degraded", "harmless"}
+    assert len(after) == len(sample)
+    assert record_behavior.changed(read_table(), after) == []

@@ -368,6 +368,7 @@ def test_files(tmp_path: Path, change: Callable[[Path], object], expected: list[
         ({"rms_norm_eps": 1e-5}, [("passthrough.config", "error")]),
         ({"dtype": "float16"}, [("passthrough.config", "warning")]),
         ({"new": 5}, [("passthrough.config", "warning")]),
+        ({"new": False, "dtype": None}, []),
         ({"new": None, "transformers_version": "6", "use_cache": True, "num_local_experts": 4}, []),
     ],
 )

@@ -310,7 +310,7 @@ def test_strict_makes_warnings_count(folders: Mapping[str, Path], validate: Run)
 def test_the_summary_says_what_was_checked_and_what_not(folders: Mapping[str, Path], validate: Run) -> None:
     shown = " ".join(validate(folders["good"]).out.split())
     assert f"{folders['good']}: OK: no findings rules vLLM 0.32 (tried on the real one)" in shown
-    assert "method modelopt FP8: 42 linears in ModelOpt FP8, 23 not quantized, FP8 KV cache" in shown
+    assert "method modelopt: 42 linears in ModelOpt FP8; 23 not quantized; FP8 KV cache" in shown
     assert "checked layout (225 tensors), values (14.5 MB), changes since it was made (225 tensors) unchecked" in shown
     unchecked = shown.partition(" unchecked ")[2].partition(" next ")[0]
     for option in ("--source SRC", "--tp N or --ep", "--load"):

@@ -38,6 +38,8 @@ def show(console: Console, outcome: Outcome) -> None:
     console.show(_text((printable(outcome.checkpoint), ""), (": ", ""), (word, _COLORS[word]), (f":{rest}", "")))
     for label, text in _facts(outcome):
         console.show(_row(label, text))
+    if outcome.ok:
+        console.show(f"    {'next':<{_LABEL - 4}}{printable(next_command(outcome))}")  # not wrapped: it is there to be copied
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
@@ -64,8 +66,6 @@ def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
         yield "unchecked", ", ".join(f"{_GROUPS[group]} ({why.removeprefix('needs ')})" for group, why in missing.items())
     if outcome.served and outcome.served["version"]:
         yield from _served(outcome.served)
-    if outcome.ok:
-        yield "next", next_command(outcome)
 
 
 def _served(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -92,11 +92,11 @@ def _checked(outcome: Outcome) -> Iterator[str]:
 
 
 def _method(built: Mapping[str, Any]) -> str:
-    """`modelopt FP8: 42 linears in ModelOpt FP8, 22 not quantized, FP8 KV cache`."""
+    """`modelopt: 42 linears in ModelOpt FP8; 22 not quantized; FP8 KV cache`."""
     linears = [f"{count} linears in {form}" for form, count in built["linears"].items()] or ["no quantized linear"]
     kept = f"{built['kept']} not quantized"
     cache = ["FP8 KV cache"] if built["kv_cache"] == "fp8" else []
-    return f"{built['method']} {built['format']}: {', '.join([*linears, kept, *cache])}"
+    return f"{built['method']}: {'; '.join([*linears, kept, *cache])}"
 
 
 def _row(label: str, text: str) -> Text:

@@ -50,11 +50,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A checkpoint as a server meets it: from a folder's headers, or from a plan before anything is written."""
+    """A checkpoint as a server meets it: from a folder's headers, or from a plan before anything is written.
+
+    `unreadable` says why hf_quant_config.json is None though there is such a file, which config.json's own section makes idle.
+    """
 
     config: Mapping[str, Any]
     hf_quant_config: Mapping[str, Any] | None
     tensors: Mapping[str, TensorSpec]
+    unreadable: str = ""
 
 
 def error(code: str, subject: str, expected: str, found: str, effect: str, mend: str) -> Finding:

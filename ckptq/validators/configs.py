@@ -18,7 +18,7 @@ CODES = {
     "config.quant-method": Code("quant_method is absent, or none that the server knows", _NORMALIZE),
     "config.section-missing": Code("config.json has no section: hf_quant_config.json alone counts", _GET),
     "config.disagree": Code("the two files contradict each other", _GET),
-    "config.hf-quant-config": Code("hf_quant_config.json is absent"),
+    "config.hf-quant-config": Code("hf_quant_config.json is absent or unreadable"),
 }
 
 SECTION = "config.json: quantization_config"
@@ -52,7 +52,7 @@ _UNCHECKED = frozenset(
         "mxfp8",
         "online",
         "torchao",
-    }  # fmt: skip
+    }
 )
 
 
@@ -145,7 +145,10 @@ def _method_name(section: Mapping[str, Any]) -> str:
     if inner is not None and (producer == "modelopt" or "modelopt_quant_config" in inner):
         algo = str(inner.get("quant_algo") or "").upper()
         return "modelopt_fp4" if algo == "NVFP4" else "modelopt"
-    return str(section.get("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+    name = str(section.get("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+    # modelopt.py ModelOptFp8Config.override_quantization_method: of ModelOpt's methods the algorithm chooses.
+    algo = str((section if inner is None else inner).get("quant_algo") or "").upper()
+    return "modelopt" if name.startswith("modelopt") and algo == "FP8" else name
 
 
 def _mapping(value: Any) -> Mapping[str, Any] | None:
@@ -156,7 +159,7 @@ def _agreement(stored: Stored, found: Settings) -> Iterator[Finding]:
     """ModelOpt's two files against each other."""
     if stored.hf_quant_config is None:
         yield warning(
-            "config.hf-quant-config", OTHER, "the same settings in ModelOpt's own words", "absent",
+            "config.hf-quant-config", OTHER, "the same settings in ModelOpt's own words", stored.unreadable or "absent",
             "vLLM 0.32 does without; older servers and TensorRT-LLM read it", "write it beside config.json",
         )  # fmt: skip
         return

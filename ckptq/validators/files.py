@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ckptq.checkpoint import SINGLE, Component, Disagreement, Reader, SourceTensor, is_consolidated
+from ckptq.checkpoint import SINGLE, Component, Disagreement, Reader, SourceTensor, TensorSpec, is_consolidated, read_header
+from ckptq.errors import SourceError
 from ckptq.folder import printable
 from ckptq.validators import Code, Finding, error, warning
 
@@ -32,7 +34,7 @@ def check(folder: Path, component: Component, *, values: bool = True) -> Iterato
     With `values` tensors that are stored twice are compared: equal ones do no harm. Raises SourceError where that reading
     fails.
     """
-    yield from _left_out(component)
+    yield from _left_out(folder, component, values)
     if not component.indexed and component.weight_files != (SINGLE,):
         yield warning(
             "files.no-index", ", ".join(printable(name) for name in component.weight_files[:3]),
@@ -46,21 +48,41 @@ def check(folder: Path, component: Component, *, values: bool = True) -> Iterato
             yield _index_finding(found)
 
 
-def _left_out(component: Component) -> Iterator[Finding]:
+def _left_out(folder: Path, component: Component, values: bool) -> Iterator[Finding]:
     mistral = "params.json" in component.sidecars
+    instead = [name for name in component.left_out if is_consolidated(name) and "/" not in name]
+    equal = bool(instead) and values and not mistral and _equal(folder, component, instead)
     for name in component.left_out:
         if is_consolidated(name):
             effect = "vLLM takes the folder for a Mistral checkpoint and then finds no weights: it does not start"
-            if "/" not in name:
+            found = "there is one"
+            if name in instead:
                 effect = "vLLM loads this file alone, as a Mistral checkpoint" + (", by params.json" if mistral else "")
-            yield error(
-                "files.consolidated", name, "no consolidated*.safetensors at any depth", "there is one", effect, "remove it"
-            )
+                found = "an equal copy of the weights" if equal else found
+            say = warning if equal and name in instead else error
+            yield say("files.consolidated", name, "no consolidated*.safetensors at any depth", found, effect, "remove it")
         else:
             yield warning(
                 "files.weight-copy", name, "the weights once", "a further copy or index of weights",
                 "vLLM does not load it, whoever fetches the folder pays for it", "remove it",
             )  # fmt: skip
+
+
+def _equal(folder: Path, component: Component, files: Sequence[str]) -> bool:
+    """Whether these files hold just what the component's do. Reads them where their headers agree."""
+    copies: dict[str, SourceTensor] = {}
+    try:
+        for file in files:
+            for name, entry in read_header(folder / file).items():
+                copies[name] = SourceTensor(TensorSpec(name, entry["dtype"], entry["shape"]), file, entry["offset"])
+            if len(copies) > len(component.tensors):  # before further headers take memory
+                return False
+    except SourceError:
+        return False
+    if {t.spec for t in copies.values()} != {t.spec for t in component.tensors.values()}:
+        return False
+    with Reader(folder, dataclasses.replace(component, weight_files=(*component.weight_files, *files))) as reader:
+        return all(_same(reader, component.tensors[name], copy) for name, copy in copies.items())
 
 
 def _twice(folder: Path, component: Component, twice: list[Disagreement], values: bool) -> Iterator[Finding]:
@@ -83,8 +105,8 @@ def _twice(folder: Path, component: Component, twice: list[Disagreement], values
             else:
                 strays[found.other, found.file] = strays.get((found.other, found.file), 0) + 1
     for (first, later), count in strays.items():
-        stray, own = (first, later) if later == SINGLE else (later, first)
-        yield error(
+        stray, own, say = (first, later, warning) if later == SINGLE else (later, first, error)
+        yield say(
             "files.stray-safetensors", stray, f"{SINGLE} alone, or an index", f"{count} of the tensors in {own} once more",
             f"without an index vLLM loads every *.safetensors, and what lies in {later} silently replaces the rest",
             "remove the file that is no part of the model",

@@ -114,7 +114,7 @@ class _Names:
         self.fronts: dict[str, str] = {}
         # The longest first; of those that mean the same the one that the checkpoint's names have.
         used = {old for old in trace["prefixes"] if any(key.startswith(old) for key in trace["keys"])}
-        self.prefixes = sorted(
+        self.prefixes: list[tuple[str, str]] = sorted(
             ((new, old) for old, new in trace["prefixes"].items()), key=lambda pair: (-len(pair[0]), pair[1] not in used)
         )
         for key, entry in trace["keys"].items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corpus.bases import BASES, folder
-from corpus.edit import Edit, both, drop, unquantized
+from corpus.edit import Edit, both, drop, restored
 from corpus.edit_files import config, ignoring, other, remove, section
 
 SHORT: Mapping[str, str] = {
@@ -43,16 +43,16 @@ O1 = "model.layers.1.self_attn.o_proj"
 QKV0 = tuple(f"model.layers.0.self_attn.{s}_proj" for s in "qkv")
 
 
-def kept(patterns: tuple[str, ...], *modules: str) -> Edit:
-    """The modules in BF16, and the exclude list says so."""
-    return both(unquantized(*modules), ignoring(lambda old: [*old, *patterns]))
+def kept(base: str, patterns: tuple[str, ...], *modules: str) -> Edit:
+    """The modules as in the source, and the exclude list says so."""
+    return both(restored(lambda: source(base), *modules), ignoring(lambda old: [*old, *patterns]))
 
 
 DERIVED: Mapping[str, tuple[str, Edit]] = {
-    "vl-kept-o": ("vl-modelopt", kept((O1,), O1)),
-    "vl-kept-qkv": ("vl-modelopt", kept(QKV0, *QKV0)),
+    "vl-kept-o": ("vl-modelopt", kept("vl-modelopt", (O1,), O1)),
+    "vl-kept-qkv": ("vl-modelopt", kept("vl-modelopt", QKV0, *QKV0)),
     # Without the record, which would say that it was changed.
-    "vl-deep-kept": ("vl-deep", both(kept(("model.layers.1.*",), "model.layers.1.*_proj"), remove("ckptq.json"))),
+    "vl-deep-kept": ("vl-deep", both(kept("vl-deep", ("model.layers.1.*",), "model.layers.1.*_proj"), remove("ckptq.json"))),
     "vl-no-kv": (
         "vl-modelopt",
         both(
@@ -61,9 +61,9 @@ DERIVED: Mapping[str, tuple[str, Edit]] = {
             other(lambda s: s.update(kv_cache_quant_algo=None)),
         ),
     ),
-    "vl-ct-kept": ("vl-ct-dynamic", kept(QKV0, *QKV0)),
-    "vl-fp8-kept": ("vl-fp8-dynamic", kept(QKV0, *QKV0)),
-    "moe-kept-o": ("moe-modelopt", kept((O1,), O1)),
+    "vl-ct-kept": ("vl-ct-dynamic", kept("vl-ct-dynamic", QKV0, *QKV0)),
+    "vl-fp8-kept": ("vl-fp8-dynamic", kept("vl-fp8-dynamic", QKV0, *QKV0)),
+    "moe-kept-o": ("moe-modelopt", kept("moe-modelopt", (O1,), O1)),
     "vl-one-config": ("vl-modelopt", config(lambda c: c.pop("quantization_config"))),
 }
 

@@ -208,15 +208,17 @@ def dequantized(*patterns: str) -> Edit:
     return tensors(apply)
 
 
-def unquantized(*modules: str) -> Edit:
-    """The modules of these names as BF16 ones, without scales of weights and activations."""
+def restored(source: Callable[[], Path], *modules: str) -> Edit:
+    """The modules of these names as the source has them, without scales of weights and activations."""
 
     def apply(stored: Tensors) -> None:
+        original = {name: tensor for file in weight_files(source()) for name, tensor in read(file).items()}
         for name in matching(stored, *(f"{module}.weight" for module in modules)):
+            stored[name] = original[name]
             for scale in (f"{name}_scale", f"{name}_scale_inv", f"{name.removesuffix('weight')}input_scale"):
                 stored.pop(scale, None)
 
-    return both(dequantized(*(f"{module}.weight" for module in modules)), tensors(apply))
+    return tensors(apply)
 
 
 def expand(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

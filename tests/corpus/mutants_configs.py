@@ -124,8 +124,11 @@ MODELOPT = (
         },
     ),
     *fault(
-        "kv declared without scales by a method that can calibrate",
-        bad={"vl-no-kv": {"config.json": setting(kv_cache_scheme=FP8_SCHEME)}, "vl-ct-kv": {"dropped": drop(*KV)}},
+        "every kv scale missing",
+        bad={
+            "vl-no-kv": {"declared where none was calibrated": setting(kv_cache_scheme=FP8_SCHEME)},
+            "vl-ct-kv": {"dropped": drop(*KV)},
+        },
         near={"vl-no-kv": {"in the file that does not count": other(lambda q: q.update(kv_cache_quant_algo="FP8"))}},
     ),
     *fault(

@@ -249,7 +249,8 @@ class Session:
         evidence: dict[str, Any] = {"error": None, "differ": [], "kv_absent": False, "lost": []}
         if error := trace["error"]:
             evidence["error"] = f"{error['type']}: {error['message']}".replace(job["folder"], "FOLDER")[:160]
-            evidence["where"] = f"{trace['stage']}: {error['where'].partition(':')[0]}"
+            file = error["where"].partition(":")[0]
+            evidence["where"] = f"{trace['stage']}: {Path(file).name if file.startswith('/') else file}"
         else:
             evidence["kv_absent"] = absent = kv_absent(trace) and not self.kv_absent
             evidence["differ"] = list(compare(self.good, found, absent))
