@@ -123,7 +123,7 @@ def _other_config(folder: Path, idle: bool) -> tuple[Mapping[str, Any] | None, s
             raise SourceError(f"{path}: expected a JSON object, found {type(data).__name__}")
     except SourceError as problem:
         if idle:
-            return None, str(problem)
+            return None, str(problem).removeprefix(f"{path}: ")
         raise
     return data, ""
 

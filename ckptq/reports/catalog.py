@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckptq import validators
-from ckptq.validators.codes import CATALOG
+from ckptq.validators.codes import catalog
 
 _HEAD = """\
 # Codes of findings
@@ -29,7 +29,7 @@ Made by `make docs` from the validators' source.
 
 def markdown() -> str:
     """docs/findings.md: a table for each group of codes, in alphabetical order."""
-    groups = sorted({code.partition(".")[0] for code in CATALOG})
+    groups = sorted({code.partition(".")[0] for code in catalog()})
     found = severities()
     return "\n".join((_HEAD, *(_table(group, found) for group in groups)))
 
@@ -41,19 +41,19 @@ def severities() -> dict[str, str]:
         for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
             for code in _codes(call.args[0]) if call.args else ():
                 found.setdefault(code, set()).update(_functions(call.func))
-    return {code: " or ".join(sorted(found.get(code) or {"error", "warning"})) for code in CATALOG}
+    return {code: " or ".join(sorted(found.get(code) or {"error", "warning"})) for code in catalog()}
 
 
 def _codes(node: ast.expr) -> Iterator[str]:
     """The codes that an argument may stand for: a string, either of two, or all that an f-string with the group's name fits."""
     match node:
-        case ast.Constant(value=str(code)) if code in CATALOG:
+        case ast.Constant(value=str(code)) if code in catalog():
             yield code
         case ast.IfExp():
             yield from (*_codes(node.body), *_codes(node.orelse))
         case ast.JoinedStr(values=[ast.Constant(value=str(group)), *_]) if "." in group:
             pattern = "".join(re.escape(str(v.value)) if isinstance(v, ast.Constant) else ".+" for v in node.values)
-            yield from (code for code in CATALOG if re.fullmatch(pattern, code))
+            yield from (code for code in catalog() if re.fullmatch(pattern, code))
 
 
 def _functions(node: ast.expr) -> set[str]:
@@ -64,7 +64,7 @@ def _functions(node: ast.expr) -> set[str]:
 def _table(group: str, found: dict[str, str]) -> str:
     rows = [
         f"| `{name}` | {found[name]} | {_cell(code.meaning)} | {_cell(code.source)} |"
-        for name, code in sorted(CATALOG.items())
+        for name, code in sorted(catalog().items())
         if name.partition(".")[0] == group
     ]
     return "\n".join((f"## {group}\n", "| code | severity | meaning | read in |", "|---|---|---|---|", *rows, ""))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckptq.console import Console, amount, duration
 from ckptq.reports import Outcome, next_command, printable, rules, skipped, verdict
 from ckptq.validators import Finding
-from ckptq.validators.codes import CATALOG
+from ckptq.validators.codes import catalog
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -45,7 +45,7 @@ def show(console: Console, outcome: Outcome) -> None:
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
     """Each finding: code and meaning, where, expected, found, effect, mend."""
     for f in findings[:_SHOWN]:
-        code = CATALOG.get(f.code)
+        code = catalog().get(f.code)
         meaning = f": {code.meaning}" if code else ""
         many = f" ({f.count} places)" if f.count > 1 else ""
         console.show(_text((f.severity, _COLORS[f.severity]), (": ", ""), (printable(f.code), "bold"), (meaning + many, "")))

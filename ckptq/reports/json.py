@@ -11,7 +11,7 @@ from typing import Any
 from ckptq import __version__
 from ckptq.reports import Outcome, count, places, skipped
 from ckptq.validators import Finding
-from ckptq.validators.codes import CATALOG
+from ckptq.validators.codes import catalog
 
 SCHEMA = 1
 """Raised when a key changes its meaning or goes."""
@@ -61,7 +61,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
 
 def finding(f: Finding) -> dict[str, Any]:
     """A finding with what its code means and where the rule was read."""
-    code = CATALOG.get(f.code)
+    code = catalog().get(f.code)
     return {**asdict(f), "meaning": code.meaning if code else "", "source": code.source if code else ""}
 
 

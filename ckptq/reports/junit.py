@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from ckptq import __version__
 from ckptq.reports import Outcome, fails, printable, rules, skipped, verdict
 from ckptq.validators import Finding
-from ckptq.validators.codes import CATALOG
+from ckptq.validators.codes import catalog
 
 
 def text(outcome: Outcome) -> str:
@@ -27,7 +27,7 @@ def text(outcome: Outcome) -> str:
         SubElement(properties, "property", name=name, value=printable(value))
     _read(_case(suite, "read"), outcome)
     if outcome.refusal is None:
-        for group in dict.fromkeys(code.partition(".")[0] for code in (*CATALOG, *(f.code for f in outcome.findings))):
+        for group in dict.fromkeys(code.partition(".")[0] for code in (*catalog(), *(f.code for f in outcome.findings))):
             _group(_case(suite, group), group, outcome)
     for element in (suites, suite):
         element.set("tests", str(len(suite.findall("testcase"))))

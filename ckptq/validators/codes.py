@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -11,11 +12,10 @@ import ckptq.validators
 from ckptq.validators import Code
 
 
-def _all() -> dict[str, Code]:
+@functools.cache
+def catalog() -> Mapping[str, Code]:
+    """{code: what it means}. Imports every validator, so it is not asked for before there is something to look up."""
     found: dict[str, Code] = {}
     for module in sorted(m.name for m in pkgutil.walk_packages(ckptq.validators.__path__, "ckptq.validators.")):
         found |= getattr(importlib.import_module(module), "CODES", {}) if module != __name__ else {}
-    return found
-
-
-CATALOG: Mapping[str, Code] = MappingProxyType(_all())
+    return MappingProxyType(found)
