@@ -14,7 +14,10 @@ from corpus.agreement import Verdict, disagreements, judge, read_table, table, v
 from corpus.mutants import Mutant, mutants
 from server import record_behavior
 
+from ckptq.validators.servers import DEFAULT, SERVERS, Server
+
 EVERY = tuple(mutants())
+OTHERS = [s for s in SERVERS.values() if s.verified == "loaded" and s is not DEFAULT]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,15 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 def test_the_validator_agrees_with_vllm(verdicts: list[Verdict]) -> None:
     """Errors for what vLLM refuses or serves wrong, at least a warning for what it serves worse, no error for the rest."""
     assert disagreements(verdicts) == []
+
+
+@pytest.mark.parametrize(
+    "server", [s for s in SERVERS.values() if s.verified == "loaded" and s is not DEFAULT], ids=lambda s: s.version
+)
+def test_the_validator_agrees_with_other_versions(server: Server, tmp_path: Path) -> None:
+    """Of each version that is called loaded the whole corpus was recorded."""
+    assert set(read_table(server.version)) == {m.name for m in EVERY}
+    assert disagreements(judge(EVERY, tmp_path, server)) == []
 
 
 def test_kv_scales_on_the_tower_are_named(verdicts: list[Verdict]) -> None:

@@ -1,12 +1,13 @@
 """The validator against the real vLLM, over the whole corpus: prints where they agree, by class of fault.
 
-    cd tests && python -m corpus.agreement [PATTERN ...]        # exits with 1 where they disagree
+    cd tests && python -m corpus.agreement [--vllm 0.32] [PATTERN ...]        # exits with 1 where they disagree
 
-vLLM's side is what tests/server/record_behavior.py recorded.
+vLLM's side is what tests/server/record_behavior.py recorded, for each version that servers.py calls loaded.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -18,10 +19,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from ckptq.validators.servers import DEFAULT, Server, find_server
 from corpus import derived
 from corpus.mutants import Mutant, mutants
 
-TABLE = Path(__file__).parents[1] / "data/behavior-vllm-0.32.json"
+DATA = Path(__file__).parents[1] / "data"
 LABELS = ("refused", "wrong", "degraded", "harmless")
 Said = Literal["error", "warning", "nothing"]
 
@@ -48,18 +50,24 @@ class Verdict:
                 return self.said != "error"
 
 
-def read_table() -> dict[str, dict[str, Any]]:
-    """{mutant's name: {label, evidence}}, as recorded."""
-    rows: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))["mutants"]
+def table_of(version: str) -> Path:
+    """Where the behavior of a version, as `0.32`, is recorded."""
+    return DATA / f"behavior-vllm-{version}.json"
+
+
+def read_table(version: str = DEFAULT.version) -> dict[str, dict[str, Any]]:
+    """{mutant's name: {label, evidence}}, as recorded; nothing where nothing was."""
+    path = table_of(version)
+    rows: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["mutants"] if path.exists() else {}
     return rows
 
 
-def judge(chosen: Iterable[Mutant], work: Path) -> list[Verdict]:
-    """Validates each mutant, with what it needs to be seen: the source, or the record in ckptq.json, which is removed elsewhere.
+def judge(chosen: Iterable[Mutant], work: Path, server: Server = DEFAULT) -> list[Verdict]:
+    """Validates each mutant for a version of the server, with what it needs to be seen.
 
-    Mutants are made one after the other in `work`.
+    That is the source, or the record in ckptq.json, which is removed elsewhere. Mutants are made one after the other in `work`.
     """
-    table = read_table()
+    table = read_table(server.version)
     verdicts = []
     for mutant in chosen:
         good = work / mutant.base
@@ -68,14 +76,14 @@ def judge(chosen: Iterable[Mutant], work: Path) -> list[Verdict]:
         folder = work / "mutant"
         shutil.copytree(good, folder)
         mutant.edit(folder)
-        said, findings = validated(folder, mutant)
+        said, findings = validated(folder, mutant, server)
         shutil.rmtree(folder)
         row = table[mutant.name]
         verdicts.append(Verdict(mutant, row["label"], {k: v for k, v in row.items() if k != "label"}, said, findings))
     return verdicts
 
 
-def validated(folder: Path, mutant: Mutant) -> tuple[Said, tuple[str, ...]]:
+def validated(folder: Path, mutant: Mutant, server: Server = DEFAULT) -> tuple[Said, tuple[str, ...]]:
     """(worst severity, codes). A refusal to judge counts as an error: the command ends with 2."""
     from ckptq.errors import CkptqError
     from ckptq.validate import validate_folder
@@ -83,7 +91,8 @@ def validated(folder: Path, mutant: Mutant) -> tuple[Said, tuple[str, ...]]:
     if mutant.needs != "record":
         (folder / "ckptq.json").unlink(missing_ok=True)
     try:
-        found = validate_folder(folder, source=derived.source(mutant.base) if mutant.needs == "source" else None)
+        source = derived.source(mutant.base) if mutant.needs == "source" else None
+        found = validate_folder(folder, source=source, server=server)
     except CkptqError as problem:
         return "error", (f"{type(problem).__name__}: {str(problem).replace(str(folder), 'FOLDER')[:160]}",)
     said: Said = "error" if any(f.severity == "error" for f in found) else "warning" if found else "nothing"
@@ -116,14 +125,20 @@ def disagreements(verdicts: Iterable[Verdict]) -> list[str]:
     ]
 
 
-def main(patterns: Sequence[str]) -> int:
-    chosen = [m for m in mutants() if not patterns or any(fnmatchcase(m.name, p) for p in patterns)]
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", default=DEFAULT.version)
+    parser.add_argument("patterns", nargs="*")
+    asked = parser.parse_args()
+    server = find_server(asked.vllm)
+    recorded = read_table(server.version)
+    chosen = [m for m in mutants() if m.name in recorded and any(fnmatchcase(m.name, p) for p in asked.patterns or "*")]
     with tempfile.TemporaryDirectory(prefix="ckptq-agreement-") as work:
-        verdicts = judge(chosen, Path(work))
+        verdicts = judge(chosen, Path(work), server)
     print(table(verdicts))
     print(*(bad := disagreements(verdicts)), sep="\n")
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -2,9 +2,10 @@
 
     python tests/server/record_behavior.py [--check | --new] [PATTERN ...]
 
-Writes tests/data/behavior-vllm-0.32.json: all mutants, or those whose names match a pattern, as in a shell; with `--new` only
+Writes tests/data/behavior-vllm-VERSION.json: all mutants, or those whose names match a pattern, as in a shell; with `--new` only
 those that are not in the table. `--check` writes nothing, and exits with 1 where a label is another than the one written. vLLM is
-the one of .venv-vllm, or of the interpreter that CKPTQ_VLLM_PYTHON names. The labels' rules are in tests/server/behavior.py.
+the one of .venv-vllm, or of the interpreter that CKPTQ_VLLM_PYTHON names; its version names the table. The labels' rules are in
+tests/server/behavior.py.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))
 
 from corpus import derived  # noqa: E402 - found by the line above
+from corpus.agreement import read_table, table_of  # noqa: E402
 from corpus.bases import BASES  # noqa: E402
 from corpus.mutants import Mutant, mutants  # noqa: E402
 
-VERSION = "0.32.0"
-TABLE = TESTS / "data/behavior-vllm-0.32.json"
 PYTHON = Path(os.environ.get("CKPTQ_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
 PROCESSES = 2
 PATIENCE = 300
@@ -114,16 +114,22 @@ def run_process(jobs: Sequence[Mapping[str, str]], work: Path) -> str:
     return "" if code == 0 else "AssertionError or the like in tests/server/behavior.py: " + "\n".join(lines[-12:])
 
 
-def read_table() -> dict[str, Row]:
-    """{mutant's name: its row}, as recorded."""
-    rows: dict[str, Row] = json.loads(TABLE.read_text(encoding="utf-8"))["mutants"] if TABLE.exists() else {}
-    return rows
+def installed() -> str:
+    """The version of vLLM that PYTHON has, as `0.32.0`."""
+    ask = "from importlib.metadata import packages_distributions, version; print(version(packages_distributions()['vllm'][0]))"
+    done = subprocess.run([PYTHON, "-c", ask], capture_output=True, text=True, check=True)
+    return done.stdout.strip().partition("+")[0]
 
 
-def write_table(rows: Mapping[str, Row]) -> None:
+def write_table(rows: Mapping[str, Row], version: str) -> None:
     """One mutant a line, so that a change of one is one line's."""
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
-    TABLE.write_text(f'{{"vllm": "{VERSION}", "mutants": {{\n{lines}\n}}}}\n', encoding="utf-8")
+    table_of(short(version)).write_text(f'{{"vllm": "{version}", "mutants": {{\n{lines}\n}}}}\n', encoding="utf-8")
+
+
+def short(version: str) -> str:
+    """`0.32.0` as `0.32`."""
+    return ".".join(version.split(".")[:2])
 
 
 def changed(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[str]:
@@ -138,7 +144,8 @@ def changed(before: Mapping[str, Row], after: Mapping[str, Row]) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     check, new = "--check" in arguments, "--new" in arguments
     patterns = [argument for argument in arguments if not argument.startswith("--")]
-    every, before = list(mutants()), read_table()
+    version = installed()
+    every, before = list(mutants()), read_table(short(version))
     chosen = [m for m in every if not patterns or any(fnmatchcase(m.name, pattern) for pattern in patterns)]
     rows = record([m for m in chosen if not new or m.name not in before])
     news = changed(before, rows)
@@ -146,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{len(rows)} mutants:", dict(Counter(row["label"] for row in rows.values())))
     if not check:
         names = {m.name for m in every}
-        write_table({name: row for name, row in {**before, **rows}.items() if name in names})
+        write_table({name: row for name, row in {**before, **rows}.items() if name in names}, version)
     return 1 if check and news else 0
 
 
