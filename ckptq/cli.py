@@ -17,6 +17,7 @@ import typer
 if TYPE_CHECKING:
     from ckptq.console import Console
     from ckptq.reports import Asked, Outcome
+    from ckptq.validators.servers import Server
 
 Format = Literal["human", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="human: tables; json: one object on stdout.")]
@@ -58,7 +59,7 @@ def convert(
     from ckptq.convert import convert as run
     from ckptq.convert import prepare
     from ckptq.recipe import load_recipe, size_option
-    from ckptq.validate import has_errors
+    from ckptq.validators import has_errors
 
     limit = size_option("--memory", memory)
     settings = load_recipe(recipe, overrides or (), model=model, output=output)
@@ -82,7 +83,10 @@ def validate(
     no_values: Annotated[
         bool, typer.Option("--no-values", help="Names, dtypes, shapes and configs alone; of a Hub model only headers are read.")
     ] = False,
-    vllm: Annotated[str, typer.Option("--vllm", metavar="VERSION", help="The version of vLLM that will serve it.")] = "0.32",
+    vllm: Annotated[
+        str | None,
+        typer.Option("--vllm", metavar="VERSION", help="The version that will serve it; 0.32, or with --load the one that loads."),
+    ] = None,
     tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, help="Tensor parallel size that it will be served with.")] = 1,
     ep: Annotated[bool, typer.Option("--ep", help="It will be served expert parallel.")] = False,
     load: Annotated[bool, typer.Option("--load", help="Also load it with the real vLLM, and look at what was loaded.")] = False,
@@ -106,10 +110,9 @@ def validate(
     from ckptq import reports
     from ckptq.console import Console
     from ckptq.reports.human import show
-    from ckptq.validators.servers import find_server
 
     kept = reports.destinations(report or ())
-    asked = reports.Asked(source, not no_values, load or generate, generate, strict, tp=tp, ep=ep)
+    asked = reports.Asked(source, not no_values, load or generate, generate, strict, vllm, tp=tp, ep=ep)
     console = Console()
 
     def tell(outcome: reports.Outcome) -> None:
@@ -121,7 +124,7 @@ def validate(
             path.write_text(reports.written(kind, outcome), encoding="ascii")
 
     try:
-        asked = replace(asked, server=find_server(vllm))
+        asked = replace(asked, server=_rules(asked, vllm_python))
         outcome = _validated(checkpoint, asked, vllm_python, console)
     except Exception as problem:
         tell(reports.refused(checkpoint, asked, problem))
@@ -130,21 +133,32 @@ def validate(
     raise typer.Exit(outcome.exit_code)
 
 
+def _rules(asked: Asked, python: Path) -> Server:
+    """Of the version that was named; otherwise, of the one that is to load it where its rules are known."""
+    from ckptq.validators import servers, vllm_load
+
+    if asked.vllm is not None:
+        return servers.find_server(asked.vllm)
+    return servers.SERVERS.get(servers.minor(vllm_load.version(python)), servers.DEFAULT) if asked.load else servers.DEFAULT
+
+
 def _validated(checkpoint: str, asked: Asked, python: Path, console: Console) -> Outcome:
+    import time
     from dataclasses import asdict
 
     from ckptq import hub
     from ckptq.errors import UnsupportedError
-    from ckptq.reports import Checked, Outcome
-    from ckptq.validate import group, validate_folder
+    from ckptq.reports import Outcome, groups
+    from ckptq.validate import Checked, Validation, examine
     from ckptq.validators import vllm_findings, vllm_load
+    from ckptq.validators.grouping import group
 
     if asked.load:
         vllm_load.find_program(python)  # before the minutes that all else may take
     opened = hub.fetch(checkpoint, weights=asked.values or asked.load or asked.source is not None)
     origin = hub.fetch(asked.source, weights=True).root if asked.source else None
     try:
-        findings = validate_folder(
+        found = examine(
             opened.root,
             source=origin,
             values=asked.values,
@@ -157,16 +171,20 @@ def _validated(checkpoint: str, asked: Asked, python: Path, console: Console) ->
     except UnsupportedError as unknown:
         if not asked.load:
             raise
-        findings = [vllm_findings.alone(opened.root.name, str(unknown))]
-    served = None
-    if asked.load:
-        with console.stage("server", 1) as advance:
-            served = vllm_load.load(opened.root, python, generate=asked.generate)
-            advance(1)
-        findings = group([*findings, *served.findings])
-    checked = tuple(Checked(what, *amount, console.seconds[what]) for what, amount in console.amounts.items())
-    facts = {key: value for key, value in asdict(served).items() if key != "findings"} if served else None
-    return Outcome(checkpoint, asked, tuple(findings), checked, opened.label, facts, console.facts or None)
+        alone = vllm_findings.alone(opened.root.name, str(unknown))
+        found = Validation((alone,), (), dict.fromkeys(groups(), "no rules for this checkpoint"), None)
+    skipped = {what: why for what, why in found.skipped.items() if what != "server"}
+    if not asked.load:
+        skipped["server"] = "needs --load"
+        return Outcome(checkpoint, asked, found.findings, found.checked, skipped, opened.label, None, found.built)
+    start = time.monotonic()
+    with console.stage("server", 1) as advance:
+        served = vllm_load.load(opened.root, python, generate=asked.generate)
+        advance(1)
+    checked = (*found.checked, Checked("server", 1, "steps", time.monotonic() - start))
+    findings = (*found.findings, *served.findings, *vllm_findings.other_version(served.version, asked.server))
+    facts = {key: value for key, value in asdict(served).items() if key != "findings"}
+    return Outcome(checkpoint, asked, tuple(group(findings)), checked, skipped, opened.label, facts, found.built)
 
 
 @app.command()
@@ -284,11 +302,11 @@ def _resume_hint(arguments: list[str]) -> str | None:
 
 
 def _say(text: str, hint: str | None) -> None:
-    from ckptq.reports import printable  # a checkpoint's names may be in it
+    from ckptq.reports import safe_text  # a checkpoint's names may be in it
 
-    print(printable(text, lines=True), file=sys.stderr)
+    print(safe_text(text, lines=True), file=sys.stderr)
     if hint:
-        print(f"  {printable(hint, lines=True)}", file=sys.stderr)
+        print(f"  {safe_text(hint, lines=True)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

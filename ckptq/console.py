@@ -23,18 +23,12 @@ LOG_EVERY = 30.0
 
 
 class Console:
-    """The only place that prints. Quiet ones are for library use and tests.
-
-    seconds, amounts  of each stage that ended
-    facts             what stages found out, for the summary
-    """
+    """The only place that prints. Quiet ones are for library use and tests. `seconds`: of each stage that ended."""
 
     def __init__(self, format: Literal["human", "json"] = "human", *, quiet: bool = False) -> None:
         self.format = format
         self.quiet = quiet
         self.seconds: dict[str, float] = {}
-        self.amounts: dict[str, tuple[int, Unit]] = {}
-        self.facts: dict[str, Any] = {}
 
     def note(self, text: str) -> None:
         """One line of talk."""
@@ -47,13 +41,12 @@ class Console:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: Unit = "steps") -> Iterator[Advance]:
-        """Shows progress of `total` units while the block runs; keeps its seconds and amount. Yields `advance(n)`."""
+        """Shows progress of `total` units while the block runs; keeps its seconds. Yields `advance(n)`."""
         start = time.monotonic()
         shown = self._log if self.quiet or not sys.stderr.isatty() else self._bar
         with shown(name, total, unit) as advance:
             yield advance
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-        self.amounts[name] = (self.amounts.get(name, (0, unit))[0] + total, unit)
 
     @contextmanager
     def _bar(self, name: str, total: int, unit: Unit) -> Iterator[Advance]:
@@ -155,5 +148,5 @@ def duration(seconds: float) -> str:
 
 
 def amount(n: int, unit: Unit) -> str:
-    """A count with its unit; bytes as sizes."""
-    return size(n) if unit == "bytes" else f"{n} {unit}"
+    """A count with its unit, which one thing has in the singular; bytes as sizes."""
+    return size(n) if unit == "bytes" else f"{n} {unit.removesuffix('s') if n == 1 else unit}"

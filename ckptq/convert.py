@@ -107,7 +107,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     else:
         findings = None
     if findings is None:  # an earlier run had checked and begun to publish
-        findings = tuple(validate.validate_folder(output, progress=console))
+        findings = validate.examine(output, progress=console).findings
     return _report(job, output, findings, console)
 
 
@@ -141,15 +141,13 @@ def _produce(
                     digests |= written
     _write_files(job, journal, record, table, digests)
     source = job.source.root if job.recipe.validation.passthrough else None
-    findings = validate.validate_folder(
-        journal.model, source=source, values=job.recipe.validation.values, staged=True, progress=console
-    )
-    if errors := [f for f in findings if f.severity == "error"]:
+    found = validate.examine(journal.model, source=source, values=job.recipe.validation.values, staged=True, progress=console)
+    if errors := [f for f in found.findings if f.severity == "error"]:
         raise DataError(
             f"the output failed validation and was not published:\n{_listed(errors)}",
             hint="please report this with the recipe",
         )
-    return tuple(findings)
+    return found.findings
 
 
 def _listed(findings: Sequence[Finding]) -> str:

@@ -42,6 +42,7 @@ class Source:
 
 def fetch(src: str, *, weights: bool = True) -> Source:
     """The checkpoint `src`: a folder, or a Hub id `org/name[@revision]`. A folder of that name comes first.
+    A name inside a folder that there is, without a revision, is taken for a mistyped folder, and the Hub is not asked.
 
     Without `weights` no weight file is fetched: `Source.header` then knows the headers of those that `root` lacks. With
     HF_HUB_OFFLINE=1, or no network, the cache is enough if it has all that is needed.
@@ -58,6 +59,9 @@ def fetch(src: str, *, weights: bool = True) -> Source:
     match = _HUB_ID.fullmatch(src)
     if not match:
         raise SourceError(f"{src or 'the model'}: no such folder, and not the form of a Hub id", hint=hint)
+    if not match["revision"] and folder.parent.is_dir():
+        hint = f"give a folder, or {src}@main for the model of that name on the Hub"
+        raise SourceError(f"{src}: no such folder in {folder.parent}", hint=hint)
     with _explained(src, match["repo"]):
         return _fetch(match["repo"], match["revision"], weights)
 

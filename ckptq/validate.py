@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckptq.checkpoint import STAGING, Header, Inventory, read_header, read_inventory
-from ckptq.console import Console
+from ckptq.console import Advance, Console, Unit
 from ckptq.errors import SourceError
 from ckptq.json_file import read_json
 from ckptq.plan import Plan, module_of
 from ckptq.scopes import Scope, find_scope
 from ckptq.validators import Finding, Stored, configs, dtypes, files, kv, layout, parallel, record, strays
 from ckptq.validators.expected import Expected, expect
-from ckptq.validators.grouping import group, has_errors
+from ckptq.validators.grouping import group
 from ckptq.validators.servers import DEFAULT, Server
 
-__all__ = ["group", "has_errors", "refuse_unfinished", "validate_folder", "validate_plan"]
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One stage that ran to its end, with how much it looked at."""
+
+    what: str
+    amount: int
+    unit: Unit
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a run of the validators came to.
+
+    findings  joined over layers, errors first
+    checked   the stages, in their order
+    skipped   {group of checks that did not run: why}. The groups are what codes begin with
+    built     what the server will build (`figures`), or None where the configs don't say
+    """
+
+    findings: tuple[Finding, ...]
+    checked: tuple[Checked, ...]
+    skipped: Mapping[str, str]
+    built: Mapping[str, Any] | None
 
 
 def validate_plan(plan: Plan, scope: Scope) -> list[Finding]:
     """What the server would find wrong with the output of this plan: names, dtypes, shapes, configs. Pure, no torch."""
     other = plan.files.get(configs.OTHER)
     stored = Stored(json.loads(plan.files["config.json"]), json.loads(other) if other else None, plan.tensors)
-    return group(_layout(stored, scope, DEFAULT, 1, False, {}))
+    findings, _ = _layout(stored, scope)
+    return group(findings)
 
 
-def validate_folder(
+def validate_folder(folder: Path, **options: Any) -> list[Finding]:
+    """The findings of `examine` alone, which has the same options."""
+    return list(examine(folder, **options).findings)
+
+
+def examine(
     folder: Path,
     *,
     source: Path | None = None,
@@ -41,8 +74,8 @@ def validate_folder(
     server: Server = DEFAULT,
     tp: int = 1,
     ep: bool = False,
-) -> list[Finding]:
-    """What is wrong with the checkpoint in `folder`, errors first.
+) -> Validation:
+    """Looks for what is wrong with the checkpoint in `folder`.
 
     `source` is the checkpoint that it was made from; without it passthrough is left out. `staged`: the folder is the inside of an
     unfinished job, looked at before it is published. `header` reads the header of a weight file, where it may lie elsewhere.
@@ -53,63 +86,96 @@ def validate_folder(
     main = inventory.main
     scope = find_scope(main.config)
     tensors = {name: tensor.spec for name, tensor in main.tensors.items()}
-    talk = progress or Console(quiet=True)
-    with talk.stage("layout", len(tensors), "tensors") as advance:
+    stages = _Stages(progress or Console(quiet=True))
+    with stages.run("layout", len(tensors), "tensors") as advance:
         other, unreadable = _other_config(folder, idle=isinstance(main.config.get("quantization_config"), dict))
-        stored = Stored(main.config, other, tensors, unreadable)
-        findings = list(_layout(stored, scope, server, tp, ep, talk.facts))
+        findings, at = _layout(Stored(main.config, other, tensors, unreadable), scope, server=server, tp=tp, ep=ep)
         findings += files.check(folder, main, values=values)
         advance(len(tensors))
     written, odd = record.read(folder)
-    digests: dict[str, str] | None = {} if values and written and written.tensors is not None else None
+    unrecorded = _unrecorded(written, bool(odd), values)
+    digests: dict[str, str] | None = None if unrecorded else {}
     if values:
-        findings += _values(inventory, scope, talk, digests)
+        with stages.run("values", main.nbytes, "bytes") as advance:
+            findings += _values(inventory, scope, advance, digests)
     findings += odd
     if written and digests is None:
         findings += record.check(written, folder, main, None)
     elif written and digests is not None:
-        with talk.stage("record", len(digests), "tensors") as advance:
+        with stages.run("record", len(digests), "tensors") as advance:
             findings += record.check(written, folder, main, digests)
             advance(len(digests))
     if source is not None and passthrough:
-        findings += _passthrough(inventory, read_inventory(source), scope, talk)
-    return group(findings)
+        with stages.run("passthrough", main.nbytes, "bytes") as advance:
+            findings += _passthrough(inventory, read_inventory(source), scope, advance)
+    skipped = {
+        "values": "" if values else "left out by --no-values",
+        "record": unrecorded,
+        "passthrough": "" if source is not None and passthrough else "needs --source SRC",
+        "parallel": "needs --tp N or --ep" if tp == 1 and not ep else "" if at else "the configs don't say what will be built",
+    }
+    skipped = {what: why for what, why in skipped.items() if why}
+    return Validation(tuple(group(findings)), tuple(stages.ended), skipped, figures(at) if at else None)
+
+
+@dataclass(slots=True)
+class _Stages:
+    """Stages as the user sees them, and those that ended."""
+
+    console: Console
+    ended: list[Checked] = field(default_factory=list)
+
+    @contextmanager
+    def run(self, what: str, total: int, unit: Unit) -> Iterator[Advance]:
+        start = time.monotonic()
+        with self.console.stage(what, total, unit) as advance:
+            yield advance
+        self.ended.append(Checked(what, total, unit, time.monotonic() - start))
 
 
 def refuse_unfinished(folder: Path, *, staged: bool = False) -> None:
     """Raises SourceError for the folder of a conversion that has not published its output."""
-    inside = STAGING in folder.resolve().parts and not staged
-    halfway = folder.is_dir() and not (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
-    if inside or halfway or (folder / STAGING).exists():
-        what = (
-            f"it holds {STAGING}"
-            if (folder / STAGING).exists()
-            else "it is what a job works in"
-            if inside
-            else "it has no config.json"
-        )
-        raise SourceError(
-            f"{folder}: an unfinished conversion: {what}",
-            hint="finish it with the command that began it and --resume: `ckptq convert ... --resume`",
-        )
+    if (folder / STAGING).exists():
+        what = f"it holds {STAGING}"
+    elif STAGING in folder.resolve().parts and not staged:
+        what = "it is what a job works in"
+    elif folder.is_dir() and not (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
+        what = "it has no config.json"
+    else:
+        return
+    raise SourceError(
+        f"{folder}: an unfinished conversion: {what}",
+        hint="finish it with the command that began it and --resume: `ckptq convert ... --resume`",
+    )
 
 
-def _layout(stored: Stored, scope: Scope, server: Server, tp: int, ep: bool, facts: dict[str, Any]) -> Iterator[Finding]:
-    """Findings without values; `facts` gets what the server will build."""
-    yield from configs.check(stored, scope, server)
+def _layout(
+    stored: Stored, scope: Scope, *, server: Server = DEFAULT, tp: int = 1, ep: bool = False
+) -> tuple[list[Finding], Expected | None]:
+    """(findings without values, what the server will build or None where the configs don't say)."""
+    findings = list(configs.check(stored, scope, server))
     settings = configs.settings(stored, scope, server)
     if settings is None:
-        return
+        return findings, None
     at = expect(stored, scope, settings)
-    facts |= figures(at)
     for validator in (layout, strays, kv):
-        yield from validator.check(at)
-    yield from dtypes.check(at, stored)
+        findings += validator.check(at)
+    findings += dtypes.check(at, stored)
     if tp > 1 or ep:
         shapes = {module_of(name): spec.shape for name, spec in stored.tensors.items() if name.endswith(".weight")}
         linears = dict.fromkeys(at.linears.values())
         built = ((linear, at.format_of(linear.shards[0])) for linear in linears)
-        yield from parallel.check(scope, stored.config, built, shapes, tp, ep=ep, server=server)
+        findings += parallel.check(scope, stored.config, built, shapes, tp, ep=ep, server=server)
+    return findings, at
+
+
+def _unrecorded(written: record.Record | None, odd: bool, values: bool) -> str:
+    """Why the bytes can't be compared with ckptq.json, or ""."""
+    if written is None:
+        return f"{record.RECORD} can't be read" if odd else f"no {record.RECORD}"
+    if written.tensors is None:
+        return f"no digests in {record.RECORD}"
+    return "" if values else "left out by --no-values"
 
 
 def _other_config(folder: Path, idle: bool) -> tuple[Mapping[str, Any] | None, str]:
@@ -128,18 +194,16 @@ def _other_config(folder: Path, idle: bool) -> tuple[Mapping[str, Any] | None, s
     return data, ""
 
 
-def _values(inventory: Inventory, scope: Scope, talk: Console, digests: dict[str, str] | None) -> list[Finding]:
+def _values(inventory: Inventory, scope: Scope, advance: Advance, digests: dict[str, str] | None) -> Iterator[Finding]:
     from ckptq.validators import values
 
-    with talk.stage("values", inventory.main.nbytes, "bytes") as advance:
-        return list(values.check(inventory.root, inventory.main, scope, advance, digests))
+    return values.check(inventory.root, inventory.main, scope, advance, digests)
 
 
-def _passthrough(output: Inventory, source: Inventory, scope: Scope, talk: Console) -> list[Finding]:
+def _passthrough(output: Inventory, source: Inventory, scope: Scope, advance: Advance) -> Iterator[Finding]:
     from ckptq.validators import passthrough
 
-    with talk.stage("passthrough", output.main.nbytes, "bytes") as advance:
-        return list(passthrough.check(output, source, scope, advance))
+    return passthrough.check(output, source, scope, advance)
 
 
 def figures(at: Expected) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def _watch(task: dict[str, Any], trace: int) -> None:
     begin(calibrate, "calibrate", "calibrate")
     begin(encode, "write_shard", "encode")
     begin(convert, "_write_files", "files")
-    begin(validate, "validate_folder", "validate")
+    begin(validate, "examine", "validate")
     begin(Journal, "publish", "commit")
 
     def watch(name: str, op: str) -> None:

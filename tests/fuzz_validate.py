@@ -328,7 +328,7 @@ def run(attack: Attack, room: Room) -> str:
     if outcome.refusal is None:
         human(outcome)
         return "findings" if outcome.findings else "clean"
-    harmless(reports.printable(f"{outcome.refusal.message}\n{outcome.refusal.hint}", lines=True))
+    harmless(reports.safe_text(f"{outcome.refusal.message}\n{outcome.refusal.hint}", lines=True))
     return str(outcome.refusal.kind)
 
 

@@ -139,15 +139,15 @@ def test_max_pixels(encoder: Encoder) -> None:
 def test_kinds_of_images(tmp_path: Path) -> None:
     base = picture()
     pixels = np.asarray(base)
-    grey = base.convert("L")
+    gray = base.convert("L")
     assert np.array_equal(read_image(saved(base, tmp_path / "rgb.png")), pixels)
-    assert np.array_equal(read_image(saved(grey, tmp_path / "grey.png")), np.asarray(grey)[..., None].repeat(3, -1))
+    assert np.array_equal(read_image(saved(gray, tmp_path / "gray.png")), np.asarray(gray)[..., None].repeat(3, -1))
     cmyk = read_image(saved(base.convert("CMYK"), tmp_path / "cmyk.tif"))
     assert np.abs(np.asarray(cmyk).astype(int) - pixels).max() <= 2
     palette = base.quantize(16)
     assert np.array_equal(read_image(saved(palette, tmp_path / "palette.png")), np.asarray(palette.convert("RGB")))
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    assert np.array_equal(read_image(saved(deep, tmp_path / "deep.png")), np.asarray(grey)[..., None].repeat(3, -1))
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    assert np.array_equal(read_image(saved(deep, tmp_path / "deep.png")), np.asarray(gray)[..., None].repeat(3, -1))
     assert np.array_equal(read_image(saved(base.convert("1"), tmp_path / "bits.png")).convert("1"), base.convert("1"))
 
 
@@ -157,8 +157,8 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     image.putpixel((1, 0), (0, 0, 0, 128))
     found = read_image(saved(image, tmp_path / "a.png"))
     assert [found.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (127, 127, 127), (10, 20, 30)]
-    grey = Image.new("LA", (2, 1), (40, 0))
-    assert read_image(saved(grey, tmp_path / "la.png")).getpixel((0, 0)) == (255, 255, 255)
+    gray = Image.new("LA", (2, 1), (40, 0))
+    assert read_image(saved(gray, tmp_path / "la.png")).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (2, 1), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     assert read_image(saved(palette, tmp_path / "p.png", transparency=1)).getpixel((0, 0)) == (255, 255, 255)

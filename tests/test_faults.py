@@ -42,7 +42,8 @@ from ckptq.journal import ProgressFile
 from ckptq.plan import Observer
 from ckptq.recipe import load_recipe
 from ckptq.streamed import StreamedModel
-from ckptq.validate import has_errors, validate_folder
+from ckptq.validate import validate_folder
+from ckptq.validators import has_errors
 
 LAYER = "model.layers.2"
 Edit = Callable[[Path], object]

@@ -116,6 +116,20 @@ def test_neither_folder_nor_hub_id(src: str, tmp_path: Path, monkeypatch: pytest
     assert "org/name[@revision]" in caught.value.hint
 
 
+def test_the_hub_is_not_asked_for_a_mistyped_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve, folder: Path
+) -> None:
+    """Its name is nobody else's business. With a revision it is a model's."""
+    server = serve({"main": folder})
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="org/tiny: no such folder in org") as caught:
+        hub.fetch(REPO)
+    assert f"{REPO}@main" in str(caught.value.hint)
+    assert server.sent == {}
+    assert str(hub.fetch(f"{REPO}@main").label).startswith(f"{REPO}@")
+
+
 def test_a_file_is_no_checkpoint() -> None:
     with pytest.raises(SourceError, match="expected a folder, found a file"):
         hub.fetch(str(EXAMPLE / "config.json"))

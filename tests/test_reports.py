@@ -34,12 +34,13 @@ from ckptq.console import Console
 from ckptq.convert import convert, prepare
 from ckptq.errors import SourceError
 from ckptq.recipe import load_recipe
-from ckptq.reports import Asked, Checked, Outcome, catalog, destinations, next_command, refused, verdict, written
+from ckptq.reports import Asked, Outcome, catalog, destinations, next_command, refused, verdict, written
 from ckptq.reports.github import command
 from ckptq.reports.human import show
 from ckptq.reports.json import data
-from ckptq.validate import group, has_errors
-from ckptq.validators import Finding, codes, error, warning
+from ckptq.validate import Checked
+from ckptq.validators import Finding, codes, error, has_errors, warning
+from ckptq.validators.grouping import group
 from ckptq.validators.servers import SERVERS
 from ckptq.validators.vllm_load import Served
 
@@ -322,7 +323,7 @@ def test_the_summary_says_what_was_checked_and_what_not(folders: Mapping[str, Pa
     less = " ".join(validate(folders["good"], "--no-values", "--vllm", f"{read}.1").out.split())
     assert "unchecked values (left out by --no-values), changes since it was made (left out by --no-values), the source" in less
     bare = " ".join(validate(folders["lossy"]).out.split())
-    assert "changes since it was made (no ckptq.json with digests)" in bare
+    assert "changes since it was made (no ckptq.json)" in bare
     assert f"rules vLLM {read} (read in its source, not tried)" in less
 
 

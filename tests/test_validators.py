@@ -605,8 +605,10 @@ def test_the_staging_folder_is_for_the_job_itself(copy: Path) -> None:
         validate_folder(staged)
 
 
-def test_an_unreadable_hf_quant_config_is_an_error(copy: Path) -> None:
+def test_an_unreadable_hf_quant_config_is_an_error_where_it_counts(copy: Path) -> None:
     (copy / "hf_quant_config.json").write_text("{", encoding="utf-8")
+    assert [(f.code, f.severity) for f in validate_folder(copy)] == [("config.hf-quant-config", "warning")]
+    config(lambda c: c.pop("quantization_config"))(copy)
     with pytest.raises(SourceError, match="hf_quant_config"):
         validate_folder(copy)
 

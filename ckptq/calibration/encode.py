@@ -214,7 +214,7 @@ def _limit(image_processor: Any, max_pixels: int) -> None:
 def read_image(path: Path) -> Image.Image:
     """The image as RGB, 8 bits a channel, upright. Raises CalibrationError where it can't be read or decoded whole.
 
-    EXIF orientation is applied; a broken one is ignored. Transparency is laid on white. 16-bit grey is scaled to 8 bits,
+    EXIF orientation is applied; a broken one is ignored. Transparency is laid on white. 16-bit gray is scaled to 8 bits,
     which Pillow's own conversion would clip to white. Of an animation it is the first frame.
     """
     try:

@@ -8,12 +8,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ckptq.console import Unit
 from ckptq.errors import CkptqError, OutputError
-from ckptq.validators import Finding, Severity
+from ckptq.validators import Finding, Severity, codes
 from ckptq.validators.servers import DEFAULT, Server
+
+if TYPE_CHECKING:
+    from ckptq.validate import Checked
 
 Machine = Literal["json", "junit", "github"]
 Kept = Literal["json", "junit"]
@@ -27,26 +29,17 @@ _COMMAND = re.compile(r"::(?=[A-Za-z-]+[ :])")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a validation was asked for. `source` is named as the user named it."""
+    """What a validation was asked for. `source` and `vllm` are named as the user named them; `server` has the rules in force."""
 
     source: str | None = None
     values: bool = True
     load: bool = False
     generate: bool = False
     strict: bool = False
+    vllm: str | None = None
     server: Server = DEFAULT
     tp: int = 1
     ep: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """One stage that ran to its end, with how much it looked at."""
-
-    what: str
-    amount: int
-    unit: Unit
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +57,7 @@ class Outcome:
     """All that a report says.
 
     checkpoint  as the user named it
+    skipped     {group of checks that did not run: why}
     resolved    `org/name@commit`, where it came from the Hub
     served      what the real server did, without its findings, or None where it was not asked
     built       what the server will build (`validate.figures`), or None where the config can't be read
@@ -74,6 +68,7 @@ class Outcome:
     asked: Asked = field(default_factory=Asked)
     findings: tuple[Finding, ...] = ()
     checked: tuple[Checked, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
     resolved: str | None = None
     served: Mapping[str, Any] | None = None
     built: Mapping[str, Any] | None = None
@@ -105,7 +100,7 @@ def refused(checkpoint: str, asked: Asked, problem: Exception) -> Outcome:
         refusal = Refusal(type(problem).__name__, what, None, 2)
     else:
         refusal = Refusal(type(problem).__name__, f"a fault of ckptq: {problem}", "please report it", 70)
-    return Outcome(checkpoint, asked, refusal=refusal)
+    return Outcome(checkpoint, asked, skipped=dict.fromkeys(groups(), "not reached"), refusal=refusal)
 
 
 def count(findings: Sequence[Finding], severity: Severity) -> int:
@@ -136,17 +131,9 @@ def rules(server: Server) -> str:
     return f"vLLM {server.version} ({how})"
 
 
-def skipped(outcome: Outcome) -> dict[str, str]:
-    """{group of checks that did not run: why}. The groups are what codes begin with."""
-    asked, ran = outcome.asked, {c.what for c in outcome.checked}
-    no_record = "no ckptq.json with digests" if asked.values else "left out by --no-values"
-    return {
-        **({} if asked.values else {"values": "left out by --no-values"}),
-        **({} if "record" in ran else {"record": no_record}),
-        **({} if asked.source else {"passthrough": "needs --source SRC"}),
-        **({} if asked.tp > 1 or asked.ep else {"parallel": "needs --tp N or --ep"}),
-        **({} if asked.load else {"server": "needs --load"}),
-    }
+def groups() -> list[str]:
+    """What codes begin with."""
+    return list(dict.fromkeys(code.partition(".")[0] for code in codes.catalog()))
 
 
 def next_command(outcome: Outcome) -> str:
@@ -165,7 +152,7 @@ def next_command(outcome: Outcome) -> str:
     return f"vllm serve {shlex.quote(name)}{f' --revision {shlex.quote(revision)}' if revision else ''}{parallel}"
 
 
-def printable(text: str, *, lines: bool = False) -> str:
+def safe_text(text: str, *, lines: bool = False) -> str:
     """`text` without what a terminal or a CI log would act on; with `lines`, line breaks stay.
 
     Control and format characters (escapes, text direction), lone surrogates and odd spaces become `\\x1b`, `\\u202e`, ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from ckptq.reports import Outcome, printable, rules, verdict
+from ckptq.reports import Outcome, rules, safe_text, verdict
 from ckptq.validators import Finding, Severity
 
 _SHOWN = 10
@@ -17,11 +17,11 @@ _FILE = re.compile(r"(?!/)(?![^:]*\.\.)[\w./+-]+\.(?:json|safetensors|bin|pt|pth
 
 def text(outcome: Outcome) -> str:
     """One line for each command. Nothing else is printed: other text might hold what the runner takes for a command."""
-    title = f"ckptq validate {printable(outcome.checkpoint)}"
+    title = f"ckptq validate {safe_text(outcome.checkpoint)}"
     if outcome.refusal is not None:
         refusal = outcome.refusal
         said = "\n".join(filter(None, (refusal.message, refusal.hint)))
-        return command("error", printable(said, lines=True), title=title) + "\n"
+        return command("error", safe_text(said, lines=True), title=title) + "\n"
     lines = [*_annotations(outcome, "error"), *_annotations(outcome, "warning")]
     conclusion = f"{verdict(outcome.findings, outcome.asked.strict)}, by the rules of {rules(outcome.asked.server)}"
     return "\n".join([*lines, command("notice", conclusion, title=title)]) + "\n"
@@ -35,17 +35,17 @@ def _annotations(outcome: Outcome, severity: Severity) -> list[str]:
     lines = [_annotation(level, f, outcome.checkpoint) for f in shown]
     if rest := found[len(shown) :]:
         codes = ", ".join(dict.fromkeys(f.code for f in rest))
-        lines.append(command(level, printable(f"{len(rest)} more: {codes}; the JSON report has them all"), title="more findings"))
+        lines.append(command(level, safe_text(f"{len(rest)} more: {codes}; the JSON report has them all"), title="more findings"))
     return lines
 
 
 def _annotation(level: str, f: Finding, checkpoint: str) -> str:
     many = f" ({f.count} places)" if f.count > 1 else ""
-    rest = (f"{label}: {printable(getattr(f, label), lines=True)}" for label in ("expected", "found", "effect", "mend"))
-    said = "\n".join((f"{printable(f.subject)}{many}", *rest))
+    rest = (f"{label}: {safe_text(getattr(f, label), lines=True)}" for label in ("expected", "found", "effect", "mend"))
+    said = "\n".join((f"{safe_text(f.subject)}{many}", *rest))
     file = _FILE.match(f.subject)
     where = {"file": f"{checkpoint.rstrip('/')}/{file[0]}"} if file else {}
-    return command(level, said, title=printable(f.code), **{k: printable(v) for k, v in where.items()})
+    return command(level, said, title=safe_text(f.code), **{k: safe_text(v) for k, v in where.items()})
 
 
 def command(name: str, message: str, **properties: str) -> str:

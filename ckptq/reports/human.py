@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptq.console import Console, amount, duration
-from ckptq.reports import Outcome, next_command, printable, rules, skipped, verdict
+from ckptq.reports import Outcome, next_command, rules, safe_text, verdict
 from ckptq.validators import Finding
 from ckptq.validators.codes import catalog
 
@@ -35,11 +35,11 @@ def show(console: Console, outcome: Outcome) -> None:
     show_findings(console, outcome.findings)
     said = verdict(outcome.findings, outcome.asked.strict)
     word, _, rest = said.partition(":")
-    console.show(_text((printable(outcome.checkpoint), ""), (": ", ""), (word, _COLORS[word]), (f":{rest}", "")))
+    console.show(_text((safe_text(outcome.checkpoint), ""), (": ", ""), (word, _COLORS[word]), (f":{rest}", "")))
     for label, text in _facts(outcome):
         console.show(_row(label, text))
     if outcome.ok:
-        console.show(f"    {'next':<{_LABEL - 4}}{printable(next_command(outcome))}")  # not wrapped: it is there to be copied
+        console.show(f"    {'next':<{_LABEL - 4}}{safe_text(next_command(outcome))}")  # not wrapped: it is there to be copied
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
@@ -48,7 +48,7 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
         code = catalog().get(f.code)
         meaning = f": {code.meaning}" if code else ""
         many = f" ({f.count} places)" if f.count > 1 else ""
-        console.show(_text((f.severity, _COLORS[f.severity]), (": ", ""), (printable(f.code), "bold"), (meaning + many, "")))
+        console.show(_text((f.severity, _COLORS[f.severity]), (": ", ""), (safe_text(f.code), "bold"), (meaning + many, "")))
         for label in ("where", "expected", "found", "effect", "mend"):
             console.show(_row(label, f.subject if label == "where" else getattr(f, label)))
         console.show("")
@@ -62,8 +62,9 @@ def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
     if outcome.built:
         yield "method", _method(outcome.built)
     yield "checked", ", ".join(_checked(outcome)) or "nothing"
-    if missing := skipped(outcome):
-        yield "unchecked", ", ".join(f"{_GROUPS[group]} ({why.removeprefix('needs ')})" for group, why in missing.items())
+    if outcome.ok and outcome.skipped:  # after a failure there is something else to do first
+        missing = (f"{_GROUPS.get(group, group)} ({why.removeprefix('needs ')})" for group, why in outcome.skipped.items())
+        yield "unchecked", ", ".join(missing)
     if outcome.served and outcome.served["version"]:
         yield from _served(outcome.served)
 
@@ -87,7 +88,7 @@ def _checked(outcome: Outcome) -> Iterator[str]:
         much = f" ({amount(c.amount, c.unit)})" if c.what != "server" else ""
         yield _GROUPS.get(c.what, c.what) + much
     asked = outcome.asked
-    if asked.tp > 1 or asked.ep:
+    if (asked.tp > 1 or asked.ep) and "parallel" not in outcome.skipped:
         yield f"{_GROUPS['parallel']} ({' '.join([f'--tp {asked.tp}', *(['--ep'] if asked.ep else [])])})"
 
 
@@ -104,7 +105,7 @@ def _row(label: str, text: str) -> Text:
     head = f"    {label:<{_LABEL - 4}}"
     lines = [
         part
-        for line in printable(text, lines=label == "found").splitlines() or [""]
+        for line in safe_text(text, lines=label == "found").splitlines() or [""]
         for part in textwrap.wrap(line, max(_width() - _LABEL, 24), break_on_hyphens=False) or [""]
     ]
     return _text((head, "dim"), (("\n" + " " * _LABEL).join(lines), ""))

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ckptq import __version__
-from ckptq.reports import Outcome, count, places, skipped
+from ckptq.reports import Outcome, count, places
 from ckptq.validators import Finding
 from ckptq.validators.codes import catalog
 
@@ -41,11 +41,12 @@ def data(outcome: Outcome) -> dict[str, Any]:
             "values": asked.values,
             "load": asked.load,
             "generate": asked.generate,
+            "vllm": asked.vllm,
             "tensor_parallel": asked.tp,
             "expert_parallel": asked.ep,
         },
         "checked": [{"what": c.what, "amount": c.amount, "unit": c.unit} for c in outcome.checked],
-        "skipped": skipped(outcome),
+        "skipped": dict(outcome.skipped),
         "quantization": plain(outcome.built),
         "counts": {
             "errors": count(findings, "error"),

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from ckptq import __version__
-from ckptq.reports import Outcome, fails, printable, rules, skipped, verdict
+from ckptq.reports import Outcome, fails, groups, rules, safe_text, verdict
 from ckptq.validators import Finding
-from ckptq.validators.codes import catalog
 
 
 def text(outcome: Outcome) -> str:
     """ASCII, all else as character references; what XML can't hold at all stands as `\\x1b`, `\\ud800`."""
     suites = Element("testsuites", name="ckptq validate")
-    suite = SubElement(suites, "testsuite", name=printable(outcome.checkpoint))
+    suite = SubElement(suites, "testsuite", name=safe_text(outcome.checkpoint))
     properties = SubElement(suite, "properties")
     facts = {
         "ckptq": __version__,
@@ -24,10 +23,10 @@ def text(outcome: Outcome) -> str:
         "verdict": verdict(outcome.findings, outcome.asked.strict) if outcome.refusal is None else "none: it can't be read",
     }
     for name, value in facts.items():
-        SubElement(properties, "property", name=name, value=printable(value))
+        SubElement(properties, "property", name=name, value=safe_text(value))
     _read(_case(suite, "read"), outcome)
     if outcome.refusal is None:
-        for group in dict.fromkeys(code.partition(".")[0] for code in (*catalog(), *(f.code for f in outcome.findings))):
+        for group in dict.fromkeys((*groups(), *(f.code.partition(".")[0] for f in outcome.findings))):
             _group(_case(suite, group), group, outcome)
     for element in (suites, suite):
         element.set("tests", str(len(suite.findall("testcase"))))
@@ -46,8 +45,8 @@ def _case(suite: Element, name: str) -> Element:
 def _read(case: Element, outcome: Outcome) -> None:
     refusal = outcome.refusal
     if refusal is not None:
-        said = SubElement(case, "error", type=refusal.kind, message=printable(refusal.message))
-        said.text = printable("\n".join(filter(None, (refusal.message, refusal.hint))), lines=True)
+        said = SubElement(case, "error", type=refusal.kind, message=safe_text(refusal.message))
+        said.text = safe_text("\n".join(filter(None, (refusal.message, refusal.hint))), lines=True)
 
 
 def _group(case: Element, group: str, outcome: Outcome) -> None:
@@ -57,12 +56,12 @@ def _group(case: Element, group: str, outcome: Outcome) -> None:
     seconds = next((c.seconds for c in outcome.checked if c.what == group), None)
     if seconds is not None:
         case.set("time", f"{seconds:.3f}")
-    why = skipped(outcome).get(group)
+    why = outcome.skipped.get(group)
     if why is not None and not found:
         SubElement(case, "skipped", message=why)
     if counted:
         message = f"{verdict(counted, strict=True)}: {', '.join(dict.fromkeys(f.code for f in counted))}"
-        failure = SubElement(case, "failure", type=counted[0].code, message=printable(message.removeprefix("FAILED: ")))
+        failure = SubElement(case, "failure", type=counted[0].code, message=safe_text(message.removeprefix("FAILED: ")))
         failure.text = _told(counted)
     if rest := [f for f in found if f not in counted]:
         SubElement(case, "system-out").text = _told(rest)
@@ -74,7 +73,7 @@ def _told(findings: Sequence[Finding]) -> str:
             (
                 f"{f.severity}: {f.code} ({f.count} place{'s' * (f.count != 1)})",
                 *(
-                    f"{label}: {printable(said, lines=label == 'found')}"
+                    f"{label}: {safe_text(said, lines=label == 'found')}"
                     for label, said in (
                         ("where", f.subject),
                         ("expected", f.expected),

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckptq.checkpoint import FLOATS
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, Stored, error, warning
-from ckptq.validators.methods import Method, Settings, find_method, known
+from ckptq.validators.kv import KV_KINDS
+from ckptq.validators.layout import SCALE_KINDS
+from ckptq.validators.methods import Method, Settings, as_json, compressed_tensors, find_method, known
 from ckptq.validators.servers import Server
 
 _NORMALIZE = "vLLM 0.32.0 transformers_utils/model_arch_config_convertor.py _normalize_quantization_config"
@@ -25,44 +28,27 @@ SECTION = "config.json: quantization_config"
 OTHER = "hf_quant_config.json"
 _MOST, _LONGEST = 200_000, 4096
 """Values in a section, and characters of each."""
-# vLLM 0.32.0 model_executor/layers/quantization/__init__.py, without what methods/ has.
-_UNCHECKED = frozenset(
-    {
-        "awq",
-        "auto_awq",
-        "awq_marlin",
-        "bitsandbytes",
-        "deepseek_v4_fp8",
-        "experts_int8",
-        "fbgemm_fp8",
-        "fp_quant",
-        "gguf",
-        "gptq",
-        "gptq_marlin",
-        "auto_gptq",
-        "gpt_oss_mxfp4",
-        "humming",
-        "inc",
-        "auto-round",
-        "modelopt_fp4",
-        "modelopt_mixed",
-        "modelopt_mxfp8",
-        "moe_wna16",
-        "mxfp4",
-        "mxfp8",
-        "online",
-        "torchao",
-    }
-)
+# What methods/ lacks of QuantizationMethods in vLLM 0.20 to 0.33 model_executor/layers/quantization/__init__.py, and what
+# inc.py INCConfig.override_quantization_method takes for its own.
+UNCHECKED = frozenset(
+    (
+        "auto-round", "auto_awq", "auto_gptq", "awq", "awq_marlin", "bitsandbytes", "cpu_awq", "deepseek_v4_fp8", "experts_int8",
+        "fbgemm_fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "fp_quant", "gguf", "gpt_oss_mxfp4", "gptq",
+        "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8",
+        "moe_wna16", "mxfp4", "mxfp8", "nvfp4_per_token", "online", "torchao",
+    )
+)  # fmt: skip
+"""Values of quant_method that vLLM knows and ckptq does not."""
 
 
 def check(stored: Stored, scope: Scope, server: Server) -> Iterator[Finding]:
-    """Findings on config.json and hf_quant_config.json."""
+    """Findings on config.json and hf_quant_config.json. Raises UnsupportedError where nothing is quantized, and as `settings`."""
     found = _section(stored, scope)
     if found is None:
+        _refuse_unquantized(stored)
         yield error(
-            "config.no-section", SECTION, "a section with quant_method", "neither it nor hf_quant_config.json",
-            "vLLM takes the checkpoint for unquantized, and stops at the first scale",
+            "config.no-section", SECTION, "a section with quant_method: tensors are stored quantized",
+            "neither it nor hf_quant_config.json", "vLLM takes the checkpoint for unquantized, and stops at the first scale",
             "convert it, or put the section back that it lost",
         )  # fmt: skip
         return
@@ -71,12 +57,15 @@ def check(stored: Stored, scope: Scope, server: Server) -> Iterator[Finding]:
     name, method = _method(section, file)
     if method is None:
         yield error(
-            "config.quant-method", f"{file}.quant_method", " or ".join(known()), repr(name) if name else "absent",
+            "config.quant-method", f"{file}.quant_method", " or ".join(known()), as_json(name) if name else "absent",
             "vLLM raises at a name it does not know; without one it takes the checkpoint for unquantized",
             "set it to the method whose tensors are stored",
         )  # fmt: skip
         return
     yield from method.check(section, file, server)
+    if (denied := _denied(section, file, name, stored)) is not None:
+        yield denied
+        return
     read = method.read(section, file, server)
     if name == "modelopt" and read is not None:
         yield from _agreement(stored, read)
@@ -91,8 +80,24 @@ def settings(stored: Stored, scope: Scope, server: Server) -> Settings | None:
     if found is None:
         return None
     section, file = found
-    _, method = _method(section, file)
-    return method.read(section, file, server) if method else None
+    name, method = _method(section, file)
+    return None if method is None or _denied(section, file, name, stored) else method.read(section, file, server)
+
+
+def _refuse_unquantized(stored: Stored) -> None:
+    """Raises UnsupportedError for a checkpoint that neither says nor shows that it is quantized."""
+    scales = (*SCALE_KINDS, *KV_KINDS)
+    if not any(n.endswith(scales) or (n.endswith("weight") and s.dtype not in FLOATS) for n, s in stored.tensors.items()):
+        raise UnsupportedError(
+            "not a quantized checkpoint: no quantization_config, no quantized weight, no scale; vLLM serves it as it is",
+            hint="`ckptq convert` quantizes it",
+        )
+
+
+def _denied(section: Mapping[str, Any], file: str, name: str, stored: Stored) -> Finding | None:
+    """The finding for stored FP8 weights where the section speaks of none."""
+    fp8 = any(spec.dtype == "F8_E4M3" for tensor, spec in stored.tensors.items() if tensor.endswith(".weight"))
+    return compressed_tensors.denied(section, file) if fp8 and name == "compressed-tensors" else None
 
 
 def _refuse_large(section: Mapping[str, Any], file: str) -> None:
@@ -113,7 +118,7 @@ def _refuse_large(section: Mapping[str, Any], file: str) -> None:
 def _method(section: Mapping[str, Any], file: str) -> tuple[str, Method | None]:
     """(quant_method, its module). Raises UnsupportedError for one that vLLM serves and ckptq does not know."""
     name = _method_name(section)
-    if name in _UNCHECKED:
+    if name in UNCHECKED:
         raise UnsupportedError(
             f"{file}: quant_method {name} can't be checked yet; what can: {', '.join(known())}",
             hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
@@ -172,13 +177,13 @@ def _agreement(stored: Stored, found: Settings) -> Iterator[Finding]:
     said = _words(stored.hf_quant_config)
     ours = {
         "quant_algo": found.format,
-        "kv cache": "FP8" if found.kv_fp8 else None,
+        "kv_cache_quant_algo": "FP8" if found.kv_fp8 else None,
         "exclude_modules": sorted(set(found.exclude)),
     }
     for key, value in ours.items():
         if value != said[key]:
             yield warning(
-                "config.disagree", f"{OTHER}: {key}", f"{value}, as in {found.file}", str(said[key]),
+                "config.disagree", f"{OTHER}: {key}", f"{as_json(value)}, as in {found.file}", as_json(said[key]),
                 "vLLM 0.32 believes config.json, other programs the other file", "write the same in both",
             )  # fmt: skip
 
@@ -190,6 +195,6 @@ def _words(other: Mapping[str, Any]) -> dict[str, Any]:
     exclude = body.get("exclude_modules", [])
     return {
         "quant_algo": str(body.get("quant_algo") or "").upper(),
-        "kv cache": kv.upper() if isinstance(kv, str) else None,
+        "kv_cache_quant_algo": kv.upper() if isinstance(kv, str) else None,
         "exclude_modules": sorted({str(e) for e in exclude}) if isinstance(exclude, list) else exclude,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ckptq.checkpoint import TensorSpec
@@ -70,19 +70,36 @@ def treatments(linears: tuple[ServerLinear, ...], scope: Scope, settings: Settin
     return {linear.prefix: treat(linear) for linear in linears}
 
 
+def absent_layers(at: Expected) -> frozenset[int]:
+    """The numbers of the layers that config.json counts and of which nothing is stored."""
+    stored, wanted = (
+        {layer[0] for name in names if (layer := at.scope.layer_of(name)) is not None} for names in (at.tensors, at.parameters)
+    )
+    return frozenset(wanted - stored)
+
+
 def idle_entries(at: Expected) -> tuple[str, ...]:
     """The entries of the exclude list that, taken alone, keep nothing which would be quantized without them.
 
-    Of a long list nothing is said: it takes a pass over the linears for each entry.
+    Those that speak of a linear which is kept anyway are merely superfluous, and left out. Of a long list nothing is said: it
+    takes a pass over the linears for each entry.
     """
     linears = tuple(dict.fromkeys(at.linears.values()))
     if len(linears) * len(at.settings.exclude) > _MOST_PASSES:
         return ()
     without = treatments(linears, at.scope, dataclasses.replace(at.settings, exclude=()))
     reachable = tuple(linear for linear in linears if without[linear.prefix] != "kept")
+    superfluous = _words(linear for linear in linears if without[linear.prefix] == "kept") - _words(reachable)
 
     def idle(entry: str) -> bool:
         alone = treatments(reachable, at.scope, dataclasses.replace(at.settings, exclude=(entry,)))
         return all(isinstance(treatment, Format) for treatment in alone.values())
 
-    return tuple(entry for entry in at.settings.exclude if idle(entry))
+    return tuple(e for e in at.settings.exclude if not any(word in e for word in superfluous) and idle(e))
+
+
+def _words(linears: Iterable[ServerLinear]) -> set[str]:
+    """The parts of the linears' names, without numbers."""
+    return {
+        word for linear in linears for name in (linear.prefix, *linear.shards) for word in name.split(".") if not word.isdigit()
+    }

@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ckptq.console import number_runs
-from ckptq.validators import Finding, has_errors
-
-__all__ = ["group", "has_errors"]
+from ckptq.validators import Finding
 
 _NAMES = 3
 """Names in one finding's subject; the rest is counted."""

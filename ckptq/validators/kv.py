@@ -13,7 +13,7 @@ from typing import Literal
 
 from ckptq.checkpoint import TensorSpec
 from ckptq.validators import Code, Finding, error, warning
-from ckptq.validators.expected import Expected
+from ckptq.validators.expected import Expected, absent_layers
 from ckptq.validators.layout import scale_dtype, stray
 
 _MAPPER = "vLLM 0.32.0 model_executor/layers/quantization/base_config.py get_cache_scale_mapper"
@@ -98,7 +98,9 @@ def check(at: Expected) -> Iterator[Finding]:
                 "keep one of them",
             )
     if at.settings.kv_fp8:
-        yield from _missing(owners, slots, at)
+        absent = absent_layers(at)
+        stored = {m: a for m, a in owners.items() if (layer := at.scope.layer_of(f"{m}.weight")) and layer[0] not in absent}
+        yield from _missing(stored, slots, at)
 
 
 def _shape(spec: TensorSpec, at: Expected) -> Iterator[Finding]:
@@ -146,7 +148,7 @@ def _missing(owners: dict[str, str], slots: dict[str, KVSlot], at: Expected) -> 
     if not have:
         yield warning(
             "layout.kv-absent", "k_scale and v_scale", "one of each in every layer: an FP8 KV cache is declared", "none",
-            "vLLM quantizes the cache with scale 1.0: good enough where keys and values are moderate", "calibrate the KV cache",
+            "vLLM quantizes the cache with scale 1.0: good enough where |K| and |V| stay below 448", "calibrate the KV cache",
         )  # fmt: skip
         return
     for module, attention in owners.items():

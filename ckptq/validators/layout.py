@@ -7,12 +7,15 @@ quantized checkpoint for completeness (model_executor/model_loader/default_loade
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from ckptq.checkpoint import FLOATS, TensorSpec
 from ckptq.validators import Code, Finding, error, warning
-from ckptq.validators.expected import Expected, idle_entries
+from ckptq.validators.expected import Expected, absent_layers, idle_entries
 from ckptq.validators.formats import Format
+from ckptq.validators.methods import as_json
+from ckptq.validators.parallel import split_of
 from ckptq.validators.vllm_rules import Parameter, ServerLinear
 
 _QUANT = "vLLM 0.32.0 model_executor/layers/quantization"
@@ -30,6 +33,7 @@ CODES = {
         "settings for which the server has no method, for a linear or for routed experts",
         f"{_QUANT}/quark/quark.py, compressed_tensors/compressed_tensors_moe get_moe_method",
     ),
+    "layout.missing-layer": Code("nothing of a layer is stored that config.json counts", _LOADER),
     "layout.missing-tensor": Code("a tensor that the server reads is not stored", _LOADER),
     "layout.missing-scale": Code(
         "a quantized linear lacks a scale",
@@ -58,27 +62,51 @@ _SHOWN = 5
 def check(at: Expected) -> Iterator[Finding]:
     """All findings on linears and parameters, one for each place; `ckptq.validators.grouping` joins them."""
     idle = functools.cache(functools.partial(_idle, at))
+    absent = absent_layers(at)
+
+    def stored(name: str) -> bool:
+        layer = at.scope.layer_of(name)
+        return layer is None or layer[0] not in absent
+
+    yield from (_missing_layer(layer, at) for layer in sorted(absent))
     for linear in dict.fromkeys(at.linears.values()):
-        yield from _linear(linear, at, idle)
+        if stored(f"{linear.shards[0]}.weight"):
+            yield from _linear(linear, at, idle)
     for parameter in at.parameters.values():
-        yield from _parameter(parameter, at)
+        if stored(parameter.name):
+            yield from _parameter(parameter, at)
+
+
+def _missing_layer(layer: int, at: Expected) -> Finding:
+    name = next(p for p in at.parameters if (place := at.scope.layer_of(p)) is not None and place[0] == layer)
+    return error(
+        "layout.missing-layer", name[: name.index(f".{layer}.")] + f".{layer}", "every layer that num_hidden_layers counts",
+        "nothing of it is stored", "vLLM would leave the layer's memory as it found it, silently",
+        "store the layer, or mend num_hidden_layers in config.json",
+    )  # fmt: skip
 
 
 def _idle(at: Expected) -> str:
     """What to say of entries of the exclude list that reach nothing; those for embeddings never do."""
     entries = [entry for entry in idle_entries(at) if "embed" not in entry]
     more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return f"; its entries {', '.join(map(repr, entries[:_SHOWN]))}{more} reach no linear" if entries else ""
+    return f"; its entries {', '.join(map(as_json, entries[:_SHOWN]))}{more} reach no linear" if entries else ""
 
 
 def _linear(linear: ServerLinear, at: Expected, idle: Callable[[], str]) -> Iterator[Finding]:
     built = at.built[linear.prefix]
-    if built == "refused":
-        yield _refused(linear, at)
-        return
     narrow = [module for module in linear.shards if _is_fp8(at.tensors.get(f"{module}.weight"))]
     scales = [name for m in linear.shards for kind in SCALE_KINDS if (name := f"{m}.{kind}") in at.tensors]
-    if built == "kept":
+    if isinstance(built, Format):
+        if not narrow and not scales and (linear.part == "head" or any(f"{m}.weight" in at.tensors for m in linear.shards)):
+            yield from (_not_excluded(module, linear, at, idle()) for module in linear.shards)
+            return
+        for module in linear.shards:
+            yield from _quantized_shard(module, linear, built, at)
+        yield from _shard_width(linear, at)
+    elif built == "refused":
+        yield _refused(linear, at)
+    else:
         for module in narrow:
             yield error(
                 "layout.excluded", f"{module}.weight", "the source's dtype: the configuration keeps this module as it was",
@@ -88,13 +116,6 @@ def _linear(linear: ServerLinear, at: Expected, idle: Callable[[], str]) -> Iter
             )  # fmt: skip
         if not narrow:
             yield from (stray(name, "this module is not quantized") for name in scales)
-    elif not narrow and not scales and (linear.part == "head" or any(f"{m}.weight" in at.tensors for m in linear.shards)):
-        yield from (_not_excluded(module, linear, at, idle()) for module in linear.shards)
-    else:
-        assert isinstance(built, Format)
-        for module in linear.shards:
-            yield from _quantized_shard(module, linear, built, at)
-        yield from _shard_width(linear, at)
 
 
 def _refused(linear: ServerLinear, at: Expected) -> Finding:
@@ -126,13 +147,15 @@ def _not_excluded(module: str, linear: ServerLinear, at: Expected, idle: str) ->
         "compressed-tensors": "Names count whole; `re:.*visual.*` reaches a module and all inside it, by the server's name",
         "quark": "Names count whole, globs do nothing; `re:.*visual.*` reaches a module and all inside it, by the server's name",
     }[at.settings.method]
+    key = at.settings.key
+    lists = f"{key} in config.json and exclude_modules in hf_quant_config.json" if at.settings.method == "modelopt" else key
     return error(
         "layout.not-excluded",
         f"{module}.weight",
-        f"F8_E4M3 with scales: nothing in {at.settings.key} keeps this module",
+        f"a module that is kept as it was is listed in {at.settings.key}; this one is not",
         f"{spec.dtype}, without scales{idle}" if spec else f"not stored (tied to the embeddings), without scales{idle}",
         f"vLLM would cast it to FP8 without a scale, silently, and {part}",
-        f"add it to {at.settings.key}. {how}",
+        f"add it to {lists}. {how}",
     )
 
 
@@ -228,11 +251,14 @@ def _shard_width(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
 
 def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
     spec = at.tensors.get(parameter.name)
+    module, _, kind = parameter.name.rpartition(".")
     if spec is None:
         if parameter.required:
+            codes = kind == "weight" and at.format_of(module) is not None
             yield error(
-                "layout.missing-tensor", parameter.name, f"a tensor {_shape(parameter.shape)}", "not stored",
-                "vLLM would leave the memory as it found it, silently", "take the tensor over from the source",
+                "layout.missing-tensor", parameter.name, f"{'F8_E4M3' if codes else 'a tensor'} {_shape(parameter.shape)}",
+                "not stored", "vLLM would leave the memory as it found it, silently",
+                "export again: the codes belong to the scales" if codes else "take the tensor over from the source",
             )  # fmt: skip
         return
     fits = len(spec.shape) == len(parameter.shape) and all(
@@ -241,23 +267,36 @@ def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
     if not fits:
         yield error(
             "layout.shape", parameter.name, f"{_shape(parameter.shape)}, from config.json", str(list(spec.shape)),
-            "vLLM raises, or cuts surplus rows off silently", "export again, or mend the sizes in config.json",
+            _shape_effect(parameter, spec, at), "export again, or mend the sizes in config.json",
         )  # fmt: skip
-    module, _, kind = parameter.name.rpartition(".")
-    why = (
-        "this is no linear"
-        if module not in at.linears
-        else "a bias is never quantized"
-        if kind == "bias"
-        else "this linear is not quantized"
-        if at.format_of(module) is None and not _is_fp8(spec)  # FP8 there is layout.excluded
-        else ""
-    )
-    if why and spec.dtype not in FLOATS:
+    if spec.dtype not in FLOATS and (why := _why_unquantized(parameter.name, spec, at)):
         yield error(
             "layout.weight-dtype", parameter.name, f"the source's dtype: {why}", spec.dtype,
             "vLLM would convert the codes as if they were values, silently", "take the tensor over from the source unchanged",
         )  # fmt: skip
+
+
+def _shape_effect(parameter: Parameter, spec: TensorSpec, at: Expected) -> str:
+    """Loaders narrow what they read along the dimension that tensor parallelism cuts, and compare the rest."""
+    linear = at.linears.get(parameter.name.rpartition(".")[0])
+    if linear is not None and linear.part == "experts":
+        return "vLLM raises, or loads a part of it, silently"
+    cut = {"heads": 0, "rows": 0, "columns": 1}.get(split_of(at.scope)(linear)) if linear is not None else None
+    sizes = list(itertools.zip_longest(parameter.shape, spec.shape))
+    differ = [i for i, (want, have) in enumerate(sizes) if want not in (None, have)]
+    if differ == [cut] and len(sizes) == len(spec.shape) and spec.shape[differ[0]] > (parameter.shape[differ[0]] or 0):
+        return "vLLM cuts off what is too much, silently"
+    return "vLLM raises"
+
+
+def _why_unquantized(name: str, spec: TensorSpec, at: Expected) -> str:
+    """Why this tensor should have the source's dtype; "" where it need not, or where layout.excluded says it."""
+    module, _, kind = name.rpartition(".")
+    if module not in at.linears:
+        return "this is no linear"
+    if kind == "bias":
+        return "a bias is never quantized"
+    return "this linear is not quantized" if at.format_of(module) is None and not _is_fp8(spec) else ""
 
 
 def _shape(shape: Iterable[int | None]) -> str:

@@ -134,10 +134,15 @@ DEFAULT = _V32
 
 def find_server(text: str) -> Server:
     """The server of `text`: `0.32`, `v0.32` and `0.32.1` are one. Raises UnsupportedError for a version that was never read."""
-    version = ".".join(text.strip().removeprefix("v").split(".")[:2])
+    version = minor(text)
     if version in SERVERS:
         return SERVERS[version]
     raise UnsupportedError(
         f"--vllm {text}: the rules of this version are not known; known: {', '.join(SERVERS)}",
         hint="give the known version nearest to yours, and let --load try the folder with the vLLM that will serve it",
     )
+
+
+def minor(version: str) -> str:
+    """`v0.32.1+cpu` -> `0.32`."""
+    return ".".join(version.strip().removeprefix("v").split(".")[:2])

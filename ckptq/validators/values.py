@@ -9,12 +9,10 @@ from pathlib import Path
 
 from ckptq.checkpoint import Component, Reader, SourceTensor
 from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators import Code, Finding, compare, error, warning
 from ckptq.validators.scales import DTYPES, Grid, Kind, as_float, block_of, grid, read_scales, scale_kind, scale_of
 from ckptq.validators.scan import NUMBERS, Seen, scan
-from ckptq.validators.vllm_rules import ServerLinear, server_linears
 
-_MOE = "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py process_fp8_input_tensor_strategy_moe"
 CODES = {
     "values.not-finite": Code("a NaN or an infinity: a scale, a code, or an unquantized weight"),
     "values.not-positive": Code("a scale that is zero or negative"),
@@ -22,12 +20,6 @@ CODES = {
     "values.all-zero": Code("codes that are all zero"),
     "values.saturated": Code("more codes at the largest value than a scale of amax / 448 leaves there"),
     "values.small-codes": Code("codes that stay far below 448: a scale larger than amax / 448"),
-    "values.weight-scale-split": Code(
-        "shards of one fused linear with different weight scales",
-        "vLLM 0.32.0 model_executor/layers/quantization/utils/w8a8_utils.py requantize_with_max_scale",
-    ),
-    "values.input-scale-split": Code("linears that read one input with different input scales", _MOE),
-    "values.input-scale-spread": Code("one expert's input scale far above the others', which all take it", _MOE),
 }
 
 # Ranges of scale = amax / 448. Weights of language models stay below 128, K and V below 4,480; inputs of down_proj reach 1e5.
@@ -43,18 +35,17 @@ SATURATED_SHARE = 0.05
 """Under amax / 448 only weights within 3.6 % of the largest get the code 448: even evenly spread weights leave no more there."""
 FULL = 0x76
 """The code of 224. Under amax / 448 the largest code is 448; under the power of two above that, at least this."""
-SPREAD = 100.0
-"""An expert's input scale over the median one. E4M3 keeps 4 bits down to 1 / 28,672 of the scale's range, 1 bit to 1 / 229,376."""
 _LOOKED_AT = 16
 """Odd values of one scale tensor whose weights are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What the pass brought: scales and FP8 weights by name."""
+    """What the pass brought: scales and FP8 weights by name, and the largest magnitude of what is neither."""
 
     scales: dict[str, tuple[SourceTensor, Seen]]
     codes: dict[str, tuple[SourceTensor, Seen]]
+    tops: dict[str, float]
 
     def one(self, name: str) -> float | None:
         """The value of a scale that has one, and that is finite."""
@@ -63,6 +54,12 @@ class _Pass:
             return None
         value = as_float(seen.low, tensor.spec.dtype)
         return value if math.isfinite(value) else None
+
+    def summary(self, component: Component) -> compare.Values:
+        largest = {name: as_float(seen.top, tensor.spec.dtype) for name, (tensor, seen) in self.scales.items() if not seen.signed}
+        scales = {name: value for name, value in largest.items() if 0 < value < math.inf}
+        codes = {name: _value(seen.top) for name, (_, seen) in self.codes.items()}
+        return compare.Values(scales, self.tops, codes, component)
 
 
 def check(
@@ -73,7 +70,7 @@ def check(
     digests: dict[str, str] | None = None,
 ) -> Iterator[Finding]:
     """All findings on values. `advance` is told the bytes that were looked at; `digests`, where given, gets each tensor's."""
-    found = _Pass({}, {})
+    found, reported = _Pass({}, {}, {}), set[str]()
     for tensor, seen in scan(root, component, advance, digests=digests is not None):
         name, dtype = tensor.spec.name, tensor.spec.dtype
         if digests is not None:
@@ -84,7 +81,10 @@ def check(
             found.scales[name] = tensor, seen
         elif dtype == "F8_E4M3" and not scale_kind(name):
             found.codes[name] = tensor, seen
-        elif dtype in NUMBERS and seen.top >= NUMBERS[dtype][1]:
+        elif dtype in NUMBERS and seen.top < NUMBERS[dtype][1]:
+            if dtype in DTYPES:
+                found.tops[name] = as_float(seen.top, dtype)
+        elif dtype in NUMBERS:
             yield error(
                 "values.not-finite", name, "finite values", "NaN or infinity",
                 "every answer that passes here becomes NaN",
@@ -94,11 +94,10 @@ def check(
     yield from _codes_findings(found, component, block)
     with Reader(root, component) as reader:
         for tensor, seen in found.scales.values():
-            yield from _scale_findings(tensor, seen, component, reader, block)
-    linears = server_linears(scope, component.config, component.tensors)
-    for linear in linears:
-        yield from _group_findings(linear, found)
-    yield from _expert_findings(linears, found, component)
+            for finding in _scale_findings(tensor, seen, component, reader, block):
+                reported.add(tensor.spec.name)
+                yield finding
+    yield from compare.check(found.summary(component), scope, reported)
 
 
 def _codes_findings(found: _Pass, component: Component, block: tuple[int, int]) -> Iterator[Finding]:
@@ -183,7 +182,8 @@ def _scale_findings(
     if lowest <= 0:
         yield error(
             "values.not-positive", name, "a scale above zero", shown,
-            "vLLM computes with it, or takes a negative KV scale for a missing one, silently", "calibrate and export again",
+            "vLLM takes a KV scale that is not positive for a missing one, silently" if kind in ("k", "v") else
+            "vLLM divides or multiplies by it: NaN, zeros or the other sign", "calibrate and export again",
         )  # fmt: skip
     else:
         yield (error if kind == "weight" and max(odd or (largest,)) > IMPOSSIBLE else warning)(
@@ -220,8 +220,9 @@ def _zeros(reader: Reader, weight: SourceTensor, lies: Grid, down: int, across: 
 
     left, right = across * lies.wide, min((across + 1) * lies.wide, lies.columns)
     top, bottom = down * lies.high, min((down + 1) * lies.high, lies.rows)
-    whole = right - left == lies.columns
-    spans = [(top * lies.columns, bottom * lies.columns)] if whole else [(r * lies.columns + left, r * lies.columns + right) for r in range(top, bottom)]  # fmt: skip  # noqa: E501
+    spans = [(row * lies.columns + left, row * lies.columns + right) for row in range(top, bottom)]
+    if right - left == lies.columns:
+        spans = [(top * lies.columns, bottom * lies.columns)]
     buffer = memoryview(bytearray(min(1 << 20, max(end - at for at, end in spans))))
     for at, end in spans:
         for start in range(at, end, len(buffer)):
@@ -230,64 +231,3 @@ def _zeros(reader: Reader, weight: SourceTensor, lies: Grid, down: int, across: 
             if (np.frombuffer(piece, np.uint8) & 0x7F).any():
                 return False
     return True
-
-
-def _group_findings(linear: ServerLinear, found: _Pass) -> Iterator[Finding]:
-    for kind, effect, mend in (
-        ("weight_scale", "vLLM decodes the shards and encodes them again under the largest scale, rounding twice; its CPU "
-         "build can't",
-         "this is how ModelOpt exports: convert with ckptq, which gives a fused linear one scale"),
-        ("input_scale", "the shards read one input, and vLLM takes the largest scale for all", "calibrate them as one"),
-    ):  # fmt: skip
-        if linear.part == "experts" and kind == "input_scale":
-            continue
-        values = [v for m in linear.shards if (v := found.one(f"{m}.{kind}")) is not None]
-        if len(set(values)) > 1 and all(v > 0 for v in values):
-            yield warning(
-                f"values.{kind.replace('_', '-')}-split", _braced(linear.shards, kind),
-                "one value for the fused linear", f"values from {min(values):g} to {max(values):g}", effect, mend,
-        )  # fmt: skip
-
-
-def _braced(shards: Sequence[str], kind: str) -> str:
-    names = ",".join(m.rpartition(".")[2] for m in shards)
-    return f"{shards[0].rpartition('.')[0]}.{{{names}}}.{kind}"
-
-
-def _expert_findings(linears: Sequence[ServerLinear], found: _Pass, component: Component) -> Iterator[Finding]:
-    """Input scales of routed experts: of gate and up the one loaded last stays, and the largest of a layer's serves all experts."""
-    layers: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
-    for linear in linears:
-        if linear.part == "experts":
-            names = tuple(m.rpartition(".")[2] for m in linear.shards)
-            layers.setdefault((linear.prefix, names), []).append(linear.shards)
-    for experts in layers.values():
-        known = [(shards, values) for shards in experts if (values := _inputs(shards, found, component))]
-        if not known:
-            continue
-        served, meant = max(v[-1] for _, v in known), max(max(v) for _, v in known)
-        for shards, values in known:
-            if len(set(values)) > 1:
-                cut = max(values) > served * 1.01
-                yield (error if cut else warning)(
-                    "values.input-scale-split", _braced(shards, "input_scale"), "one value for gate and up",
-                    f"{values[-1]:g} loaded after {values[0]:g}",
-                    f"vLLM keeps the one loaded last, {'and cuts larger inputs off' if cut else 'another expert covers the rest'}",
-                    "give both the larger one",
-                )  # fmt: skip
-        usual = sorted(v[-1] for _, v in known)[len(known) // 2]
-        shards = max(known, key=lambda entry: entry[1][-1])[0]
-        if meant > SPREAD * usual > 0:
-            yield warning(
-                "values.input-scale-spread", f"{shards[-1]}.input_scale", f"at most {SPREAD:g} times the median of its layer",
-                f"{served:g}, {served / usual:.0f} times {usual:g}",
-                "vLLM takes the largest for all experts of the layer, and the others' inputs lose their small values",
-                "calibrate with more samples, or look for outliers",
-            )  # fmt: skip
-
-
-def _inputs(shards: Sequence[str], found: _Pass, component: Component) -> list[float]:
-    """The input scales of one expert's shards in the order of loading, which is that of files and, in a file, of names."""
-    names = [n for m in shards if (n := f"{m}.input_scale") in found.scales]
-    values = [found.one(n) for n in sorted(names, key=lambda n: (component.tensors[n].file, n))]
-    return [v for v in values if v is not None and v > 0]

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptq.validators import Code, Finding, error, vllm_answers, warning
+from ckptq.validators.servers import Server, minor
 from ckptq.validators.vllm_parts import KV_SCALE
 
 _LOADER = "vLLM 0.32.0 model_executor/"
 CODES = {
     "server.alone": Code("ckptq knows no rules for this checkpoint: the real vLLM alone was asked"),
+    "server.version": Code("the vLLM that loaded it is not of the version whose rules were applied"),
     "server.failed": Code("vLLM stopped with an error"),
     "server.timeout": Code("vLLM did not end within the time limit"),
     "server.ignored-key": Code(
@@ -65,6 +67,19 @@ def alone(name: str, why: str) -> Finding:
         "server.alone", name, "an architecture, a method and settings that ckptq knows", why,
         "what vLLM read and wrote is looked at; names, values and configs are not", "compare its answers with the source's",
     )  # fmt: skip
+
+
+def other_version(loaded: str, rules: Server) -> list[Finding]:
+    """Where `loaded` is of another version than the rules; empty where it never said its version."""
+    if not loaded or minor(loaded) == rules.version:
+        return []
+    return [
+        warning(
+            "server.version", "--vllm", f"vLLM {minor(loaded)}, which loaded it", f"vLLM {rules.version}",
+            "the two halves of this report are about two versions: what one serves right the other may not",
+            "serve it with a version of the rules' and name its interpreter by --vllm-python, or leave --vllm out",
+        )
+    ]  # fmt: skip
 
 
 def _last(said: str) -> str:

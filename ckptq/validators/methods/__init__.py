@@ -6,6 +6,7 @@ A file here says how that method reads its section of config.json, which linears
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -88,3 +89,13 @@ def exclude_list(section: Mapping[str, Any], key: str) -> tuple[str, ...]:
 def is_names(value: Any) -> bool:
     """Whether it is a list of texts and nothing else."""
     return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def as_json(value: Any) -> str:
+    """A value of config.json as the file spells it."""
+    return json.dumps(value)
+
+
+def spelled(section: Mapping[str, Any], key: str) -> str:
+    """The value under `key` as the file spells it, or "absent"."""
+    return as_json(section[key]) if key in section else "absent"

@@ -15,7 +15,7 @@ from ckptq.scopes import Scope, Split
 from ckptq.validators import Code, Finding, error, expressions, has_errors
 from ckptq.validators.expressions import matches
 from ckptq.validators.formats import Format, Granularity, compressed_tensors
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
+from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.parallel import split_of
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, expert_names, packed_modules, server_name
@@ -23,6 +23,10 @@ from ckptq.validators.vllm_rules import ServerLinear, expert_names, packed_modul
 _SOURCE = "vLLM 0.32.0 model_executor/layers/quantization/compressed_tensors/compressed_tensors.py"
 CODES = {
     "config.groups": Code("no config group says what is quantized, or one says it in a way that the server can't read", _SOURCE),
+    "config.unknown-key": Code(
+        "a key of a config group that the server does not know, and stops at",
+        "compressed-tensors 0.17 quantization/quant_args.py QuantizationArgs",
+    ),
     "config.format": Code("the format is absent, or none in which the server quantizes activations", _SOURCE),
     "config.ignore": Code("the ignore list is no list of names", _SOURCE),
     "config.kv-scheme": Code("a KV scheme at which the server stops", _SOURCE + " CompressedTensorsKVCacheMethod"),
@@ -48,7 +52,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
             "config.groups",
             f"{file}.config_groups",
             "at least one group with targets and weights",
-            repr(groups),
+            spelled(section, "config_groups"),
             "vLLM builds every linear unquantized, and stops at the first scale",
             "write the group: targets, weights, input_activations",
         )
@@ -58,7 +62,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     entries = section.get("ignore", [])
     if not is_names(entries):
         yield error(
-            "config.ignore", f"{file}.ignore", "a list of names", repr(entries), "vLLM raises, or searches the letters of a text",
+            "config.ignore", f"{file}.ignore", "a list of names", spelled(section, "ignore"), "vLLM raises, or searches the letters of a text",
             "write the names as a JSON list",
         )  # fmt: skip
     yield from expressions.check([*exclude_list(section, "ignore"), *(t for g in groups.values() for t in _targets(g))], file)
@@ -69,25 +73,31 @@ def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping) or not is_names(group.get("targets")):
         yield error(
-            "config.groups", where, "targets and weights", repr(group), "vLLM raises", "say what the group quantizes, and how"
+            "config.groups", where, "targets and weights", as_json(group), "vLLM raises", "say what the group quantizes, and how"
         )
         return
     for key in ("weights", "input_activations", "output_activations"):
         arguments = group.get(key)
-        if isinstance(arguments, Mapping) and (wanted := _wanted(arguments)):
+        if not isinstance(arguments, Mapping):
+            continue
+        if unknown := sorted(set(arguments) - _ARGUMENTS):
             yield error(
-                "config.groups", f"{where}.{key}", wanted, repr(dict(arguments)), "vLLM raises", "write what the scales are"
-            )
+                "config.unknown-key", f"{where}.{key}.{unknown[0]}", "no such key", as_json(arguments[unknown[0]]),
+                "vLLM raises at a key that it does not know", "remove the key",
+            )  # fmt: skip
             return
-    if _is_attention(group) or weights.get("type", "int") != "float" or weights.get("num_bits", 8) != 8:
+        if wanted := _wanted(arguments):
+            yield error("config.groups", f"{where}.{key}", wanted, as_json(arguments), "vLLM raises", "write what the scales are")
+            return
+    if _is_attention(group) or not _is_fp8(weights):
         return
     said = group.get("format") or top_format
     if said not in _FORMATS:
         yield error(
             "config.format",
             f"{where}.format",
-            "'float-quantized', here or for the whole section",
-            repr(said) if said else "absent",
+            '"float-quantized", here or for the whole section',
+            as_json(said) if said else "absent",
             "vLLM finds no scheme and raises",
             "set format to float-quantized",
         )
@@ -96,12 +106,12 @@ def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding
     strategy = _strategy(weights)
     if strategy not in _STRATEGIES or not weights.get("symmetric", True) or weights.get("dynamic", False):
         yield error(
-            "config.groups", f"{where}.weights", "static, symmetric, strategy tensor, channel or block", repr(dict(weights)),
+            "config.groups", f"{where}.weights", "static, symmetric, strategy tensor, channel or block", as_json(weights),
             "vLLM finds no scheme and raises", "name the strategy that the scales are stored for",
         )  # fmt: skip
     elif strategy == "block" and (static or _block(weights) is None):
         yield error(
-            "config.groups", where, "block_structure [rows, columns], and dynamic input_activations", repr(dict(group)),
+            "config.groups", where, "block_structure [rows, columns], and dynamic input_activations", as_json(group),
             "vLLM raises", "write block_structure [128, 128], and dynamic true for input_activations",
         )  # fmt: skip
 
@@ -109,8 +119,6 @@ def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding
 def _wanted(arguments: Mapping[str, Any]) -> str | None:
     """What QuantizationArgs would take instead; None where it takes them."""
     strategy, size = _strategy(arguments), arguments.get("group_size")
-    if unknown := sorted(set(arguments) - _ARGUMENTS):
-        return f"no key {unknown[0]!r}"
     if strategy not in _ALL_STRATEGIES or (size is not None and type(size) is not int):
         return "a strategy and a group_size that compressed-tensors knows"
     if (strategy == "token") > bool(arguments.get("dynamic")) or (strategy in _STATIC and arguments.get("dynamic")):
@@ -130,7 +138,7 @@ def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
     if not ok or scheme.get("strategy") not in ("tensor", "attn_head"):
         yield error(
             "config.kv-scheme", f"{file}.kv_cache_scheme", "type float, num_bits 8, symmetric true, strategy tensor or attn_head",
-            repr(scheme), "vLLM raises when it builds the first attention", "write these four keys, or null for a cache in BF16",
+            as_json(scheme), "vLLM raises when it builds the first attention", "write these four keys, or null for a cache in BF16",
         )  # fmt: skip
 
 
@@ -143,6 +151,25 @@ def _is_attention(group: Mapping[str, Any]) -> bool:
     """from_config leaves such groups out: they speak of the KV cache."""
     targets = _targets(group)
     return len(targets) == 1 and targets[0].endswith("Attention")
+
+
+def _is_fp8(weights: Mapping[str, Any]) -> bool:
+    return (weights.get("type", "int"), weights.get("num_bits", 8)) == ("float", 8)
+
+
+def denied(section: Mapping[str, Any], file: str) -> Finding | None:
+    """A finding where each group says that its weights are no FP8, though such weights are stored; None where one can't be read."""
+    groups = section.get("config_groups")
+    weights = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    said = [w for w in weights if isinstance(w, Mapping)]
+    if not said or len(said) < len(weights) or any(map(_is_fp8, said)):
+        return None
+    types = dict.fromkeys(as_json({key: w.get(key) for key in ("type", "num_bits")}) for w in said)
+    return error(
+        "config.groups", f"{file}.config_groups", "a group with weights of type float and num_bits 8: such weights are stored",
+        ", ".join(types), "vLLM builds another format and takes the codes for its numbers, silently, or finds no scheme and raises",
+        "set type to float and num_bits to 8, or store the weights that the groups speak of",
+    )  # fmt: skip
 
 
 def _strategy(weights: Mapping[str, Any]) -> str:
@@ -170,7 +197,7 @@ def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | No
         weights = group["weights"]
         if _is_attention(group):
             continue
-        if weights.get("type", "int") != "float" or weights.get("num_bits", 8) != 8 or _strategy(weights) == "group":
+        if not _is_fp8(weights) or _strategy(weights) == "group":
             raise UnsupportedError(
                 f"{file}.config_groups.{name}: weights of {weights.get('num_bits')} bits, type {weights.get('type')}, strategy "
                 f"{_strategy(weights)} can't be checked yet; what can: FP8 per tensor, channel or block",

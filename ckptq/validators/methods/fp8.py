@@ -12,7 +12,7 @@ from typing import Any
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, has_errors, warning
 from ckptq.validators.formats import NATIVE_DYNAMIC, NATIVE_STATIC, Format, native_block
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
+from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names, spelled
 from ckptq.validators.methods.modelopt import exactly_skipped
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
@@ -30,12 +30,12 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     scheme, block = section.get("activation_scheme"), section.get("weight_block_size")
     if scheme not in ("static", "dynamic"):
         yield error(
-            "config.activation-scheme", f"{file}.activation_scheme", "'static' or 'dynamic'", repr(scheme) if scheme else "absent",
+            "config.activation-scheme", f"{file}.activation_scheme", '"static" or "dynamic"', spelled(section, "activation_scheme"),
             "vLLM raises", "say whether the checkpoint holds an input_scale for each linear (static) or none (dynamic)",
         )  # fmt: skip
     if block is not None and not _is_pair(block):
         yield error(
-            "config.block-size", f"{file}.weight_block_size", "two positive integers, [rows, columns]", repr(block),
+            "config.block-size", f"{file}.weight_block_size", "two positive integers, [rows, columns]", spelled(section, "weight_block_size"),
             "vLLM raises", "write [128, 128], or remove the key where the scales are per tensor",
         )  # fmt: skip
     elif block is not None and scheme == "static":
@@ -47,7 +47,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
         entries = section.get(key) or []
         if not is_names(entries):
             yield error(
-                "config.ignored-layers", f"{file}.{key}", "a list of module names", repr(entries),
+                "config.ignored-layers", f"{file}.{key}", "a list of module names", spelled(section, key),
                 "vLLM raises, or searches the letters of a text", "write the names as a JSON list",
             )  # fmt: skip
     if section.get("ignored_layers") and section.get("modules_to_not_convert"):

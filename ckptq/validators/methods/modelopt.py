@@ -15,7 +15,7 @@ from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error
 from ckptq.validators.formats import MODELOPT_BLOCK, MODELOPT_FP8, MODELOPT_PER_CHANNEL, Format
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
+from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
 
@@ -43,14 +43,14 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     algo = str(body.get("quant_algo") or "").upper()
     if algo not in (server.algos if flat else server.algos_alone):
         yield error(
-            "config.quant-algo", f"{file}.quant_algo", " or ".join(FORMATS), repr(body.get("quant_algo", "absent")),
+            "config.quant-algo", f"{file}.quant_algo", " or ".join(FORMATS), spelled(body, "quant_algo"),
             f"vLLM {server.version} raises", "name the algorithm that the tensors are stored for",
         )  # fmt: skip
     key = _exclude_key(section, server)
     entries = body.get(key, [])
     if not is_names(entries):
         yield error(
-            "config.exclude-list", f"{file}.{key}", "a list of module names", repr(entries), "vLLM raises",
+            "config.exclude-list", f"{file}.{key}", "a list of module names", spelled(body, key), "vLLM raises",
             "write the names as a JSON list",
         )  # fmt: skip
     if flat and "exclude_modules" in section and key == "ignore" not in section:
@@ -63,7 +63,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     if said is not None and not _kv_fp8(said):
         where = "kv_cache_scheme" if isinstance(said, Mapping) else "kv_cache_quant_algo"
         yield error(
-            "config.kv-cache-scheme", f"{file}.{where}", repr(_SCHEME if where == "kv_cache_scheme" else "FP8"), repr(said),
+            "config.kv-cache-scheme", f"{file}.{where}", as_json(_SCHEME if where == "kv_cache_scheme" else "FP8"), as_json(said),
             "vLLM falls back to a cache in the model's dtype and leaves the scales unused",
             "write exactly these three keys" if where == "kv_cache_scheme" else "write FP8",
         )  # fmt: skip

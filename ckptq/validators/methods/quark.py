@@ -15,7 +15,7 @@ from ckptq.errors import SourceError, UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, expressions, has_errors, warning
 from ckptq.validators.formats import BLOCK, SCALAR, Format, Granularity
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names
+from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
 
@@ -42,13 +42,13 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     bad = [(key, what) for key, what in parts.items() if not isinstance(section.get(key), Mapping)]
     for key, what in bad:
         yield error(
-            "config.quark-section", f"{file}.{key}", f"an object {what}".strip(), repr(section.get(key, "absent")), "vLLM raises",
+            "config.quark-section", f"{file}.{key}", f"an object {what}".strip(), spelled(section, key), "vLLM raises",
             "write it as Quark does; layer_type_quant_config may be {}",
         )  # fmt: skip
     entries = section.get("exclude")
     if not is_names(entries):
         yield error(
-            "config.quark-section", f"{file}.exclude", "a list of names", repr(entries if "exclude" in section else "absent"),
+            "config.quark-section", f"{file}.exclude", "a list of names", spelled(section, "exclude"),
             "vLLM raises, or searches the letters of a text", "write the names as a JSON list; [] where nothing is excluded",
         )  # fmt: skip
     if bad:
@@ -64,13 +64,13 @@ def _scheme_findings(section: Mapping[str, Any], file: str, server: Server) -> I
     normalized = _normalized(section)
     if (wanted := _wanted(normalized["global_quant_config"], server)) is not None:
         yield error(
-            "config.quark-scheme", f"{file}.global_quant_config", wanted, repr(normalized["global_quant_config"]),
+            "config.quark-scheme", f"{file}.global_quant_config", wanted, as_json(normalized["global_quant_config"]),
             "vLLM finds no scheme and raises", "write the settings that the tensors are stored for",
         )  # fmt: skip
     for name, config in (normalized.get("layer_quant_config") or {}).items():
         if (wanted := _wanted(config, server)) is not None:
             yield warning(
-                "config.quark-scheme", f"{file}.layer_quant_config.{name}", wanted, repr(config),
+                "config.quark-scheme", f"{file}.layer_quant_config.{name}", wanted, as_json(config),
                 "vLLM raises where a linear has them", "write the settings that the tensors are stored for",
             )  # fmt: skip
 
@@ -80,7 +80,7 @@ def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
     group = section["export"].get("kv_cache_group")
     if not is_names(group):
         yield error(
-            "config.quark-kv", f"{file}.export.kv_cache_group", "a list of names, [] without KV scales", repr(group), "vLLM raises",
+            "config.quark-kv", f"{file}.export.kv_cache_group", "a list of names, [] without KV scales", as_json(group), "vLLM raises",
             "write the list",
         )  # fmt: skip
         return
@@ -89,7 +89,7 @@ def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
         yield error(
             "config.quark-kv", f"{file}.layer_quant_config",
             "for every name in kv_cache_group the same output_tensors: dtype fp8_e4m3, qscheme per_tensor",
-            repr(outputs), "vLLM raises", "write them, or empty kv_cache_group where no KV scale is stored",
+            as_json(outputs), "vLLM raises", "write them, or empty kv_cache_group where no KV scale is stored",
         )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def _wanted(config: Any, server: Server) -> str | None:
         known = weight.get("block_size") == list(BLOCK) and weight.get("symmetric") is True and server.quark_blocks
         dynamic = {**inputs, "is_dynamic": bool(inputs.get("is_dynamic"))}
         if not known or any(dynamic.get(key) != value for key, value in wanted.items()):
-            return f"block_size [128, 128], symmetric true, and input_tensors {wanted}"
+            return f"block_size [128, 128], symmetric true, and input_tensors {as_json(wanted)}"
     elif not inputs.get("is_dynamic") and inputs.get("qscheme") != "per_tensor":
         return "input_tensors that are dynamic, or have qscheme per_tensor"
     return None

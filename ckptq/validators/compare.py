@@ -1,0 +1,249 @@
+"""Scales against one another: shards of a fused linear, experts of a layer, one linear over all layers, and what norms allow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import median
+
+from ckptq.checkpoint import Component
+from ckptq.scopes import Scope
+from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators.scales import scale_kind
+from ckptq.validators.vllm_rules import ServerLinear, server_linears
+
+_MOE = "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py process_fp8_input_tensor_strategy_moe"
+CODES = {
+    "values.weight-scale-split": Code(
+        "shards of one fused linear with different weight scales",
+        "vLLM 0.32.0 model_executor/layers/quantization/utils/w8a8_utils.py requantize_with_max_scale",
+    ),
+    "values.scale-outlier": Code("a scale far from those of its like, or beyond what the norm before it lets through"),
+    "values.input-scale-split": Code("linears that read one input with different input scales", _MOE),
+    "values.input-scale-spread": Code("one expert's input scale far above the others', which all take it", _MOE),
+}
+
+SPREAD = 100.0
+"""An expert's input scale over the median one. E4M3 keeps 4 bits down to 1 / 28,672 of the scale's range, 1 bit to 1 / 229,376."""
+# An amax where amax / 448 belongs is 448 times too large. Shards of one linear, and one linear over the layers, have amaxes within
+# a factor of ten or so in trained models, outliers included; smaller ones are not compared: layers that learned little are real.
+SHARDS_APART = 50.0
+LAYERS_APART = 100.0
+_LAYERS = 3
+"""Fewer have no median worth the name."""
+USUAL = (0.002 / 448, 8 / 448)
+"""Of the median weight scale. Half of all linears with weights above 8, or none above 0.002 in them: no training leads there."""
+_MARGIN = 1.1
+"""Norms, products and RoPE are computed in BF16."""
+FROM_V = 100.0
+"""V's scale over that of o_proj's input, which is made of averages of V, and at the first token of a sample is V itself."""
+_UNSET = 1.0
+"""What exporters write for a scale that nothing was calibrated for, and vLLM takes where none is stored."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
+_READS_NORM = re.compile(
+    r"(?P<layer>.*\.layers\.\d+)\.(?:(?P<attention>self_attn\.[qkv]_proj)|mlp\.(?:experts\.\d+\.)?(?:gate|up)_proj)"
+)
+_WRONG = "an amax, or one divided by a scale, may stand where amax / 448 belongs"
+_COMPARE = "compare with --source, or calibrate and export again"
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What the pass over the values brought.
+
+    scales  {name: its largest value} of scales that are finite and above zero
+    tops    {name: the largest magnitude} of unquantized tensors
+    codes   {name: the largest code's value} of FP8 weights
+    """
+
+    scales: Mapping[str, float]
+    tops: Mapping[str, float]
+    codes: Mapping[str, float]
+    component: Component
+
+    def one(self, name: str) -> float | None:
+        """A scale's value, where it has one."""
+        tensor = self.component.tensors.get(name)
+        return self.scales.get(name) if tensor is not None and tensor.spec.numel == 1 else None
+
+
+def check(found: Values, scope: Scope, reported: Collection[str]) -> Iterator[Finding]:
+    """Findings on scales beside one another; none for those `reported` already."""
+    linears = server_linears(scope, found.component.config, found.component.tensors)
+    mend = "harmless but lossy: requantize from the source with one scale for q, k and v, and one for gate and up"
+    if scope.experts is None:
+        mend += ", as `ckptq convert` does"
+    said = {*reported}
+    for finding in _beyond(found):
+        if finding.subject not in said:
+            said.add(finding.subject)
+            yield finding
+    for linear in linears:
+        yield from _shards(linear, found, mend, said)
+    for finding in (*_layers(found), *_usual(found)):
+        if finding.subject not in said:
+            yield finding
+    yield from _experts(linears, found)
+
+
+def _outlier(subject: str, expected: str, shown: str) -> Finding:
+    return warning("values.scale-outlier", subject, expected, shown, _WRONG, _COMPARE)
+
+
+def _shards(linear: ServerLinear, found: Values, mend: str, said: set[str]) -> Iterator[Finding]:
+    for kind, effect, advice in (
+        ("weight_scale", "vLLM decodes the shards and encodes them again under the largest scale, rounding twice", mend),
+        ("input_scale", "the shards read one input, and vLLM takes the largest scale for all", "calibrate them as one"),
+    ):  # fmt: skip
+        if linear.part == "experts" and kind == "input_scale":
+            continue
+        known = {name: v for m in linear.shards if (v := found.one(name := f"{m}.{kind}")) is not None}
+        if len(set(known.values())) < 2:
+            continue
+        low, high = min(known.values()), max(known.values())
+        largest = max(known, key=lambda name: known[name])
+        if kind == "weight_scale" and high > SHARDS_APART * low:
+            if largest not in said:
+                yield _outlier(
+                    largest, f"at most {SHARDS_APART:g} times those of the linears that it is fused with",
+                    f"{high:g}, {high / low:.0f} times {low:g}",
+                )  # fmt: skip
+            said.add(largest)
+        else:
+            yield warning(
+                f"values.{kind.replace('_', '-')}-split", _braced(linear.shards, kind),
+                "one value for the fused linear", f"values from {low:g} to {high:g}", effect, advice,
+            )  # fmt: skip
+
+
+def _layers(found: Values) -> Iterator[Finding]:
+    """Weight scales far above the median of their like in other layers. Inputs may be that far apart: massive activations."""
+    alike: dict[str, list[str]] = {}
+    for name in found.scales:
+        if scale_kind(name) == "weight":
+            alike.setdefault(_NUMBER.sub("{i}", name), []).append(name)
+    for names in alike.values():
+        if len(names) < _LAYERS:
+            continue
+        usual = median(found.scales[name] for name in names)
+        for name in names:
+            if (value := found.scales[name]) > LAYERS_APART * usual:
+                yield _outlier(
+                    name, f"at most {LAYERS_APART:g} times the median over the layers", f"{value:g}, {value / usual:.0f} times {usual:g}"
+                )  # fmt: skip
+
+
+def _usual(found: Values) -> Iterator[Finding]:
+    weights = [value for name, value in found.scales.items() if scale_kind(name) == "weight"]
+    if len(weights) >= _LAYERS and not USUAL[0] <= (usual := median(weights)) <= USUAL[1]:
+        yield _outlier(
+            "all weight scales", f"a median between {USUAL[0]:.2g} and {USUAL[1]:.2g}, as amax / 448 is", f"a median of {usual:g}"
+        )  # fmt: skip
+
+
+def _beyond(found: Values) -> Iterator[Finding]:
+    """Scales larger than the model lets their tensors become, whatever it is fed."""
+    for name, value in found.scales.items():
+        kind, module = scale_kind(name), name.rpartition(".")[0]
+        if kind == "input":
+            limit = _input_limit(module, found)
+            what = "what the norm before it lets through: sqrt(hidden) * its largest weight / 448"
+        elif kind in ("k", "v") and value != _UNSET:
+            module = module if module.endswith("_proj") else f"{module}.{kind}_proj"
+            limit = _cache_limit(module, kind == "k", found)
+            what = "what the norm, the weight and the bias before it let through"
+        else:
+            continue
+        if limit is not None and value > limit:
+            yield _outlier(name, f"at most {what}", f"{value:g}, over {limit:g}")
+        elif kind == "v" and (o := found.one(f"{module.removesuffix('v_proj')}o_proj.input_scale")) and value > FROM_V * o:
+            yield _outlier(name, f"at most {FROM_V:g} times o_proj's input_scale", f"{value:g}, {value / o:.0f} times {o:g}")
+
+
+def _reach(module: str, found: Values) -> float | None:
+    """The largest L2 norm of a row of the module's input, where an RMS norm made it: sqrt(n) * its largest weight.
+
+    x / rms(x) has the norm sqrt(n). Holds for norms that multiply by their weight and add nothing, as all scopes' decoders have.
+    """
+    match = _READS_NORM.fullmatch(module)
+    if match is None:
+        return None
+    norm = f"{match['layer']}.{'input' if match['attention'] else 'post_attention'}_layernorm"
+    top = found.tops.get(f"{norm}.weight")
+    if top is None or f"{norm}.bias" in found.component.tensors:
+        return None
+    return float(top * sqrt(found.component.tensors[f"{norm}.weight"].spec.numel))
+
+
+def _input_limit(module: str, found: Values) -> float | None:
+    reach = _reach(module, found)
+    return None if reach is None else _MARGIN * reach / 448
+
+
+def _cache_limit(module: str, turned: bool, found: Values) -> float | None:
+    """The largest scale of K or V: |x| * |row of W| + |bias|; RoPE, which turns pairs, adds up to sqrt(2). Or what K's norm allows."""
+    attention = module.rpartition(".")[0]
+    norm = f"{attention}.k_norm.weight"
+    if turned and norm in found.component.tensors:
+        top = found.tops.get(norm)
+        return None if top is None else _MARGIN * top * sqrt(found.component.tensors[norm].spec.numel) / 448
+    reach, weight = _reach(module, found), found.component.tensors.get(f"{module}.weight")
+    largest = _largest_weight(module, found)
+    bias = found.tops.get(f"{module}.bias", 0.0 if f"{module}.bias" not in found.component.tensors else None)
+    if reach is None or weight is None or largest is None or bias is None or not weight.spec.shape:
+        return None
+    return float(_MARGIN * (reach * largest * sqrt(weight.spec.shape[-1]) + bias) * (sqrt(2) if turned else 1) / 448)
+
+
+def _largest_weight(module: str, found: Values) -> float | None:
+    if (top := found.tops.get(f"{module}.weight")) is not None:
+        return top
+    scale = next((v for end in ("", "_inv") if (v := found.scales.get(f"{module}.weight_scale{end}")) is not None), None)
+    code = found.codes.get(f"{module}.weight")
+    return None if scale is None or code is None else scale * code
+
+
+def _braced(shards: Sequence[str], kind: str) -> str:
+    names = ",".join(m.rpartition(".")[2] for m in shards)
+    return f"{shards[0].rpartition('.')[0]}.{{{names}}}.{kind}"
+
+
+def _experts(linears: Sequence[ServerLinear], found: Values) -> Iterator[Finding]:
+    """Input scales of routed experts: of gate and up the one loaded last stays, and the largest of a layer's serves all experts."""
+    layers: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
+    for linear in linears:
+        if linear.part == "experts":
+            names = tuple(m.rpartition(".")[2] for m in linear.shards)
+            layers.setdefault((linear.prefix, names), []).append(linear.shards)
+    for experts in layers.values():
+        known = [(shards, values) for shards in experts if (values := _inputs(shards, found))]
+        if not known:
+            continue
+        served, meant = max(v[-1] for _, v in known), max(max(v) for _, v in known)
+        for shards, values in known:
+            if len(set(values)) > 1:
+                cut = max(values) > served * 1.01
+                yield (error if cut else warning)(
+                    "values.input-scale-split", _braced(shards, "input_scale"), "one value for gate and up",
+                    f"{values[-1]:g} loaded after {values[0]:g}",
+                    f"vLLM keeps the one loaded last, {'and cuts larger inputs off' if cut else 'another expert covers the rest'}",
+                    "give both the larger one",
+                )  # fmt: skip
+        usual = sorted(v[-1] for _, v in known)[len(known) // 2]
+        shards = max(known, key=lambda entry: entry[1][-1])[0]
+        if meant > SPREAD * usual > 0:
+            yield warning(
+                "values.input-scale-spread", f"{shards[-1]}.input_scale", f"at most {SPREAD:g} times the median of its layer",
+                f"{served:g}, {served / usual:.0f} times {usual:g}",
+                "vLLM takes the largest for all experts of the layer, and the others' inputs lose their small values",
+                "calibrate with more samples, or look for outliers",
+            )  # fmt: skip
+
+
+def _inputs(shards: Sequence[str], found: Values) -> list[float]:
+    """The input scales of one expert's shards in the order of loading, which is that of files and, in a file, of names."""
+    names = [n for m in shards if (n := f"{m}.input_scale") in found.scales]
+    values = [found.one(n) for n in sorted(names, key=lambda n: (found.component.tensors[n].file, n))]
+    return [v for v in values if v is not None and v > 0]
