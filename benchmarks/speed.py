@@ -1,4 +1,4 @@
-"""ckptq, ModelOpt's own flow and the floor on one checkpoint and the same samples, turn about.
+"""ckptq, ModelOpt's own flow and the floor on one checkpoint and the same samples, alternating.
 
     python benchmarks/speed.py [--rounds 5] [--layers 20] [--samples 32] [--length 256] [--threads N] [--work DIR]
 

@@ -108,11 +108,14 @@ def examine(
     if source is not None and passthrough:
         with stages.run("passthrough", main.nbytes, "bytes") as advance:
             findings += _passthrough(inventory, read_inventory(source), scope, advance)
+    unbuilt = "" if at else "the configs don't say what will be built"
     skipped = {
+        "layout": unbuilt,
+        "kv": unbuilt,
         "values": "" if values else "left out by --no-values",
         "record": unrecorded,
         "passthrough": "" if source is not None and passthrough else "needs --source SRC",
-        "parallel": "needs --tp N or --ep" if tp == 1 and not ep else "" if at else "the configs don't say what will be built",
+        "parallel": unbuilt if tp > 1 or ep else "needs --tp N or --ep",
     }
     skipped = {what: why for what, why in skipped.items() if why}
     return Validation(tuple(group(findings)), tuple(stages.ended), skipped, figures(at) if at else None)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from make_checkpoint import PRESETS, make_checkpoint
+from make_quantized import make_quantized
 
 from ckptq import __version__
 from ckptq.cli import main
@@ -274,8 +275,11 @@ def test_tables_fit(columns: int, places: dict[str, str], ckptq: Run, monkeypatc
 # What it costs
 
 
-def test_no_heavy_imports(example_model: Path) -> None:
-    """Help, recipes, inspect, a dry run and errors import nothing that takes long."""
+def test_no_heavy_imports(example_model: Path, tmp_path: Path) -> None:
+    """Help, recipes, inspect, a dry run, findings and errors import nothing that takes long."""
+    faulty = make_quantized(example_model, tmp_path / "faulty", sparse=True)
+    config = (faulty / "config.json").read_text()
+    (faulty / "config.json").write_text(config.replace('"visual*"', '"visual.nothing"'))
     light = child(
         ("--help",),
         ("convert", "--help"),
@@ -287,7 +291,7 @@ def test_no_heavy_imports(example_model: Path) -> None:
         ("convert", "--recipe", "demo", "--dry-run", "--format", "json"),
         ("convert", "--recipe", "demo", "--set", "x=3"),
         ("validate", "--help"),
-        *(("validate", example_model, "--no-values", "--format", format) for format in ("human", "json", "junit", "github")),
+        *(("validate", faulty, "--no-values", "--format", format) for format in ("human", "json", "junit", "github")),
     )
     assert [done["code"] for done in light] == [0] * 8 + [2, 0] + [1] * 4
     for done in light:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers.answers import ask
+from peers.answers import PYTHON, ask
 
+from ckptq.checkpoint import TensorSpec
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.scopes.qwen2_5_vl import SCOPE as VL
 from ckptq.scopes.qwen3_moe import SCOPE as MOE
-from ckptq.validators import expressions, has_errors
+from ckptq.validators import Stored, configs, expressions, has_errors
 from ckptq.validators.formats import Format
 from ckptq.validators.methods import Treatment, find_method, known
 from ckptq.validators.parallel import split_of
@@ -355,7 +358,44 @@ def test_any_list_is_read_as_the_real_vllm_reads_it(name: str, family: str, data
         assert not difference
 
 
+@pytest.mark.server
+def test_every_method_of_the_real_vllm_is_known_or_refused() -> None:
+    script = """
+import json
+from typing import get_args
+from vllm.model_executor.layers.quantization import QuantizationMethods
+print(json.dumps(get_args(QuantizationMethods)))
+"""
+    done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=True)
+    assert set(json.loads(done.stdout.splitlines()[-1])) <= {*configs.UNCHECKED, *known()}
+
+
 # --- without the real thing ---
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "code"),
+    [
+        ({"type": "int"}, "F8_E4M3", "config.groups"),
+        ({"num_bits": 4}, "F8_E4M3", "config.groups"),
+        ({"type": "int"}, "I8", "refused"),
+        ({"num_bits": 4}, "BF16", "refused"),
+    ],
+)
+def test_integers_in_the_section_and_fp8_in_the_file_contradict_each_other(weights: Section, dtype: str, code: str) -> None:
+    def stored(section: Section) -> Stored:
+        weight = TensorSpec("model.layers.0.mlp.up_proj.weight", dtype, (2, 2))  # type: ignore[arg-type]
+        return Stored({"quantization_config": section}, None, {weight.name: weight})
+
+    alone = stored(compressed(groups=[group(**weights)]))
+    if code == "refused":
+        with pytest.raises(UnsupportedError):
+            list(configs.check(alone, VL, DEFAULT))
+    else:
+        assert [f.code for f in configs.check(alone, VL, DEFAULT)] == [code]
+        assert configs.settings(alone, VL, DEFAULT) is None
+    with pytest.raises(UnsupportedError):  # the FP8 weights may be the other group's
+        configs.settings(stored(compressed(groups=[group(**weights), group()])), VL, DEFAULT)
 
 
 def test_every_method_is_compared() -> None:
@@ -387,6 +427,7 @@ def test_older_versions_try_no_expression_on_a_fused_name() -> None:
         (fp8(weight_block_size=[128]), "weight_block_size"),
         ({**fp8(), "ignored_layers": "visual"}, "ignored_layers"),
         (compressed(config_groups={}), "config_groups"),
+        (compressed(groups=[group(shape=1)]), "weights.shape"),
         (compressed(format="absent"), "format"),
         (compressed("re:("), "re:("),
         (compressed(ignore="lm_head"), "ignore"),

@@ -193,7 +193,15 @@ def test_experts_and_ranks() -> None:
     assert codes(found({"num_experts": 6, "moe_intermediate_size": 768}, 4, scope=MOE, ep=True)) == []
     assert codes(found({"num_experts": 8, "moe_intermediate_size": 100}, 8, scope=MOE)) == ["error expert-size"]
     assert codes(found({"num_experts": 8, "moe_intermediate_size": 100}, 8, scope=MOE, ep=True)) == []
-    assert codes(found(QWEN_3B, 1, ep=True)) == ["error experts"]
+    assert codes(found(QWEN_3B, 1, ep=True)) == ["error no-experts"]
+
+
+def test_the_numbers_of_ranks_that_fit_are_named() -> None:
+    (finding,) = found(QWEN_3B, 3, DOWN, [(2048, 1026 * 4)])[:1]
+    assert finding.mend == "serve with a --tensor-parallel-size that fits (1, 2, 4, 8)"
+    assert {f.mend for f in found(QWEN_7B, 5)} >= {"serve with a --tensor-parallel-size that fits (1, 2, 4)"}
+    (whole,) = found({}, 1, DOWN, [(256, 192)], MODELOPT_BLOCK)
+    assert "that fits (none does), or quantize per tensor" in whole.mend
 
 
 @pytest.mark.parametrize("tp", [0, -1, 65])

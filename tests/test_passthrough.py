@@ -382,3 +382,34 @@ def test_config(tmp_path: Path, change: dict[str, Any], expected: list[tuple[str
     folder(tmp_path / "before", source(), before)
     output, original = (read_inventory(tmp_path / name) for name in ("after", "before"))
     assert [(f.code, f.severity) for f in passthrough.check(output, original, find_scope(CONFIG))] == expected
+
+
+def test_another_model_is_one_finding(tmp_path: Path) -> None:
+    """Whatever else differs then is no news."""
+    for name, changed in (
+        ("hidden", {"text_config": {**TEXT, "hidden_size": 512}}),
+        ("kind", {"architectures": ["Qwen3MoeForCausalLM"]}),
+    ):
+        at = tmp_path / name
+        at.mkdir()
+        folder(at / "before", {"model.norm.weight": torch.ones(512)}, {**CONFIG, **changed, "rms_norm_eps": 1})
+        output, original = read_inventory(folder(at / "after", source())), read_inventory(at / "before")
+        (finding,) = passthrough.check(output, original, find_scope(CONFIG))
+        assert (finding.code, finding.severity) == ("passthrough.source", "error")
+        assert (
+            finding.found
+            == {
+                "hidden": "hidden_size 256, there 512",
+                "kind": 'architectures ["Qwen2_5_VLForConditionalGeneration"], there ["Qwen3MoeForCausalLM"]',
+            }[name]
+        )
+
+
+def test_values_of_config_json_are_shown_as_they_stand_there(tmp_path: Path) -> None:
+    before, after = {**CONFIG, "act": "silu", "long": "x" * 100}, {**CONFIG, "act": True, "long": [None] * 100}
+    folder(tmp_path / "before", source(), before)
+    output = read_inventory(folder(tmp_path / "after", source(), after))
+    found = {f.subject: f.found for f in passthrough.check(output, read_inventory(tmp_path / "before"), find_scope(CONFIG))}
+    assert found["config.json: act"] == 'true, there "silu"'
+    assert found["config.json: long"].startswith("[null, null")
+    assert found["config.json: long"].endswith("xxx...")

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptq.checkpoint import INDEX
 from ckptq.cli import main
-from ckptq.console import Console
+from ckptq.console import Console, amount
 from ckptq.convert import convert, prepare
 from ckptq.errors import SourceError
 from ckptq.recipe import load_recipe
@@ -41,8 +41,9 @@ from ckptq.reports.json import data
 from ckptq.validate import Checked
 from ckptq.validators import Finding, codes, error, has_errors, warning
 from ckptq.validators.grouping import group
-from ckptq.validators.servers import SERVERS
-from ckptq.validators.vllm_load import Served
+from ckptq.validators.servers import SERVERS, minor
+from ckptq.validators.vllm_findings import other_version
+from ckptq.validators.vllm_load import Served, version
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-qwen2.5-vl"
@@ -322,6 +323,7 @@ def test_the_summary_says_what_was_checked_and_what_not(folders: Mapping[str, Pa
     read = next(server.version for server in SERVERS.values() if server.verified == "read")
     less = " ".join(validate(folders["good"], "--no-values", "--vllm", f"{read}.1").out.split())
     assert "unchecked values (left out by --no-values), changes since it was made (left out by --no-values), the source" in less
+    assert "unchecked" not in validate(folders["tower"]).out, "there is something else to do first"
     bare = " ".join(validate(folders["lossy"]).out.split())
     assert "changes since it was made (no ckptq.json)" in bare
     assert f"rules vLLM {read} (read in its source, not tried)" in less
@@ -359,22 +361,67 @@ def test_options_that_are_wrong(options: list[str], problem: str, folders: Mappi
     assert problem in ran.err
 
 
+def test_why_a_check_did_not_run(folders: Mapping[str, Path], validate: Run, tmp_path: Path) -> None:
+    def skipped(name: str, *options: str, **files: str) -> dict[str, str]:
+        folder = Path(shutil.copytree(folders[name], tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"))
+        for stem, text in files.items():
+            (folder / f"{stem}.json").write_text(text)
+        check_json(said := json.loads(validate(folder, "--format", "json", *options).out))
+        found: dict[str, str] = said["skipped"]
+        return found
+
+    assert "record" not in skipped("good")
+    assert skipped("good", "--no-values")["record"] == "left out by --no-values"
+    assert skipped("lossy")["record"] == "no ckptq.json"
+    assert skipped("good", ckptq="{}")["record"] == "no digests in ckptq.json"
+    assert skipped("good", ckptq="{")["record"] == "ckptq.json can't be read"
+    assert "parallel" not in skipped("good", "--tp", "2")
+    assert skipped("good")["parallel"] == "needs --tp N or --ep"
+    config = json.loads((folders["good"] / "config.json").read_text())
+    config["quantization_config"]["quant_algo"] = None
+    unbuilt = skipped("good", "--tp", "2", config=json.dumps(config))
+    assert {unbuilt[group] for group in ("layout", "kv", "parallel")} == {"the configs don't say what will be built"}
+    refused = skipped("unreadable")
+    assert set(refused.values()) == {"not reached"}
+    assert {"layout", "record", "server"} <= set(refused)
+
+
+def test_rules_of_another_version_than_the_one_that_loaded() -> None:
+    """Here as text; the real one is asked for its version below."""
+    for loaded in ("", "0.32.0", "0.32.1+cpu"):
+        assert other_version(loaded, SERVERS["0.32"]) == []
+    (found,) = other_version("0.32.0", SERVERS["0.20"])
+    assert (found.code, found.severity) == ("server.version", "warning")
+    assert "vLLM 0.20" in found.found
+    assert version(Path(sys.executable)) == "", "there is none here"
+
+
+def test_one_thing_is_in_the_singular() -> None:
+    assert [amount(n, "steps") for n in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
+    assert amount(1, "bytes") == "1 B"
+
+
 def test_a_wrong_version_is_in_the_report_too(folders: Mapping[str, Path], validate: Run, tmp_path: Path) -> None:
     assert validate(folders["good"], "--vllm", "0.1", f"--report=json={tmp_path / 'r.json'}").code == 2
     said = json.loads((tmp_path / "r.json").read_text())
     check_json(said)
     assert said["error"]["kind"] == "UnsupportedError"
-    assert said["rules"] is None
+    assert (said["rules"], said["asked"]["vllm"]) == (None, "0.1")
 
 
 @pytest.mark.server
 def test_the_real_server_is_in_the_report(folders: Mapping[str, Path], validate: Run, tmp_path: Path) -> None:
     """Of a sound checkpoint, and of one with a method that ckptq has no rules for."""
-    options = ("--load", "--vllm-python", ROOT / ".venv-vllm" / "bin" / "python", "--no-values")
+    python = ROOT / ".venv-vllm" / "bin" / "python"
+    options = ("--load", "--vllm-python", python, "--no-values")
     ran = validate(folders["good"], *options, f"--report=json={tmp_path / 'r.json'}")
     said = json.loads((tmp_path / "r.json").read_text())
     check_json(said)
     assert (ran.code, said["server"]["quantization"], said["skipped"].get("server")) == (0, "modelopt", None)
+    assert version(python) == said["server"]["version"]
+    assert said["rules"]["version"] == minor(said["server"]["version"])
+    older = json.loads(validate(folders["good"], *options, "--vllm", "0.26", "--format", "json").out)
+    assert [f["code"] for f in older["findings"]] == ["server.version"]
     shown = " ".join(ran.out.split())
     assert "the real server unchecked values" in shown
     assert f"vLLM {said['server']['version']} on cpu loaded it as modelopt, KV cache fp8_e4m3, in " in shown

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ckptq.checkpoint import INDEX, STAGING, read_inventory
-from ckptq.errors import SourceError
+from ckptq.errors import SourceError, UnsupportedError
 from ckptq.exporters import find_exporter
 from ckptq.plan import Copy, Encode, Plan
 from ckptq.planner import build_plan
@@ -321,7 +321,7 @@ MUTANTS: dict[str, tuple[Mutation, str, str]] = {
     ),
     "silent: a layer missing": (
         tensors(lambda t: [t.pop(n) for n in list(t) if n.startswith("model.layers.5.")]),
-        "layout.missing-tensor",
+        "layout.missing-layer",
         "error",
     ),
     "a layer too many": (config(lambda c: c["text_config"].update(num_hidden_layers=5)), "layout.unknown-tensor", "error"),
@@ -577,9 +577,55 @@ def test_kv_scales_on_the_tower_are_explained(copy: Path) -> None:
 def test_a_pattern_that_reaches_nothing_is_named(copy: Path) -> None:
     exclude("lm_head", "model.embed_tokens", "model.visual")(copy)
     (finding,) = validate_folder(copy)
-    assert "'model.visual' reach no linear" in finding.found
+    assert '"model.visual" reach no linear' in finding.found
+    assert "ignore in config.json and exclude_modules in hf_quant_config.json" in finding.mend
     assert "images" in finding.effect
     assert finding.count == 4 * 5 + 2
+
+
+@pytest.mark.parametrize("count", [7, 9])
+def test_layers_too_many_in_the_config_are_one_finding(copy: Path, count: int) -> None:
+    config(lambda c: c["text_config"].update(num_hidden_layers=count))(copy)
+    (finding,) = validate_folder(copy)
+    assert (finding.code, finding.count) == ("layout.missing-layer", count - 6)
+    assert finding.subject == ("model.layers.6" if count == 7 else "model.layers.{6..8}")
+
+
+def test_a_quantized_weight_is_not_taken_over_from_the_source(copy: Path) -> None:
+    drop(f"{OUT}.weight")(copy)
+    (finding,) = validate_folder(copy)
+    assert finding.expected == "F8_E4M3 [256, 256]"
+    assert "source" not in finding.mend
+    drop("model.norm.weight")(copy)
+    assert any(f.mend == "take the tensor over from the source" for f in validate_folder(copy))
+
+
+@pytest.mark.parametrize(
+    ("change", "effect"),
+    [
+        ("q_proj with rows too many", "silently"),
+        ("k_proj with rows too few", "raises"),
+        ("down_proj transposed", "raises"),
+        ("lm_head with rows too few", "raises"),
+    ],
+)
+def test_what_a_wrong_shape_does(copy: Path, change: str, effect: str) -> None:
+    name = next(name for name in MUTANTS if name.endswith(change))
+    MUTANTS[name][0](copy)
+    (finding,) = (f for f in validate_folder(copy) if f.code == "layout.shape")
+    assert effect in finding.effect
+    assert name.startswith("silent") == (effect == "silently")
+
+
+@pytest.mark.parametrize(
+    ("other_file", "subject", "found"),
+    [({"kv_cache_quant_algo": None}, "kv_cache_quant_algo", "null"), ({"exclude_modules": []}, "exclude_modules", "[]")],
+)
+def test_values_are_spelled_as_the_file_spells_them(copy: Path, other_file: dict[str, Any], subject: str, found: str) -> None:
+    other(lambda s: s.update(other_file))(copy)
+    (finding,) = validate_folder(copy)
+    assert (finding.subject, finding.found) == (f"hf_quant_config.json: {subject}", found)
+    assert finding.expected.startswith(('"FP8"', '["lm_head", '))
 
 
 # --- refusals ---
@@ -614,7 +660,17 @@ def test_an_unreadable_hf_quant_config_is_an_error_where_it_counts(copy: Path) -
 
 
 def test_an_unquantized_checkpoint_is_called_that() -> None:
-    assert [f.code for f in validate_folder(EXAMPLE)] == ["config.no-section"]
+    with pytest.raises(UnsupportedError, match="not a quantized checkpoint"):
+        validate_folder(EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    "tensor", [{"x.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, {"x.qweight": torch.ones(2).int()}, {"x.k_scale": f32(1.0)}]
+)
+def test_a_lost_section_is_an_error(tmp_path: Path, tensor: Tensors) -> None:
+    shutil.copytree(EXAMPLE, tmp_path / "out", ignore=shutil.ignore_patterns("*.safetensors", INDEX))
+    save_file(tensor, tmp_path / "out" / WEIGHTS)
+    assert [f.code for f in validate_folder(tmp_path / "out", values=False)] == ["config.no-section"]
 
 
 # --- numbers ---

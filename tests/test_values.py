@@ -21,7 +21,7 @@ from ckptq import digest
 from ckptq.checkpoint import Component, SourceTensor, TensorSpec, read_inventory
 from ckptq.scopes import find_scope
 from ckptq.validators import Finding, scan, values
-from ckptq.validators.scales import grid, scale_kind
+from ckptq.validators.scales import find_grid, scale_kind
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "tiny-qwen2.5-vl"
@@ -115,11 +115,11 @@ def test_many_chunks_at_the_largest_value_are_counted_about_right(tmp_path: Path
 def test_a_grid_covers_the_weight(n: int, k: int, block: tuple[int, int], form: int) -> None:
     nb, kb = -(-n // block[0]), -(-k // block[1])
     shape = ((), (1,), (n, 1), (nb, kb), (nb, 1, kb, 1))[form]
-    lies = grid((n, k), shape, block)
-    assert lies is not None
-    assert math.prod(lies.shape) == math.prod(shape)
-    assert (lies.shape[0] - 1) * lies.high < n <= lies.shape[0] * lies.high
-    assert (lies.shape[1] - 1) * lies.wide < k <= lies.shape[1] * lies.wide
+    grid = find_grid((n, k), shape, block)
+    assert grid is not None
+    assert math.prod(grid.shape) == math.prod(shape)
+    assert (grid.shape[0] - 1) * grid.high < n <= grid.shape[0] * grid.high
+    assert (grid.shape[1] - 1) * grid.wide < k <= grid.shape[1] * grid.wide
 
 
 # --- faults ---
@@ -249,6 +249,90 @@ NEAR: dict[str, Change] = {
 @pytest.mark.parametrize("change", NEAR.values(), ids=NEAR)
 def test_near_misses_stay_clean(good: Path, tmp_path: Path, change: Change) -> None:
     assert changed(good, tmp_path, change) == []
+
+
+# --- scales beside one another ---
+
+
+def scaled(ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """Changes every tensor whose name ends so."""
+    return lambda t: t.update({name: change(v).clone() for name, v in t.items() if name.endswith(ending)})
+
+
+OUTLIERS: dict[str, tuple[Change, set[str]]] = {
+    "every weight scale times 100": (scaled(".weight_scale", lambda v: v * 100), {"all weight scales"}),
+    "every weight scale over 1000": (scaled(".weight_scale", lambda v: v / 1000), {"all weight scales"}),
+    "one shard an amax": (
+        scaled(".3.self_attn.k_proj.weight_scale", lambda v: v * 448),
+        {"model.layers.3.self_attn.k_proj.weight_scale"},
+    ),
+    "one layer an amax": (
+        scaled(".2.mlp.down_proj.weight_scale", lambda v: v * 448),
+        {"model.layers.2.mlp.down_proj.weight_scale"},
+    ),
+    "inputs inverted": (
+        scaled(".0.mlp.gate_proj.input_scale", lambda v: 1 / v),
+        {"model.layers.0.mlp.gate_proj.input_scale"},
+    ),
+    "inputs of q an amax": (
+        scaled(".1.self_attn.q_proj.input_scale", lambda v: v * 448),
+        {"model.layers.1.self_attn.q_proj.input_scale"},
+    ),
+    "k an amax": (scaled(".1.self_attn.k_proj.k_scale", lambda v: v * 448), {"model.layers.1.self_attn.k_proj.k_scale"}),
+    "v an amax": (scaled(".1.self_attn.v_proj.v_scale", lambda v: v * 448), {"model.layers.1.self_attn.v_proj.v_scale"}),
+    "v an amax, of a norm that lets all through": (
+        lambda t: (
+            scaled(".1.input_layernorm.weight", lambda v: v * 1000)(t),
+            scaled(".1.self_attn.v_proj.v_scale", lambda v: v * 448)(t),
+        ),
+        {"model.layers.1.self_attn.v_proj.v_scale"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), OUTLIERS.values(), ids=OUTLIERS)
+def test_scales_that_the_rest_of_the_model_contradicts(good: Path, tmp_path: Path, change: Change, expected: set[str]) -> None:
+    found = changed(good, tmp_path, change)
+    assert {f.subject for f in found if f.code == "values.scale-outlier"} == expected
+    assert {f.severity for f in found} == {"warning"}
+    assert {f.code for f in found} <= {"values.scale-outlier", "values.input-scale-split"}
+
+
+LARGE_AND_RIGHT: dict[str, Change] = {
+    "a massive activation": scaled(".1.mlp.down_proj.input_scale", lambda v: v * 3000),
+    "inputs of a norm with large weights": lambda t: (
+        scaled(".input_layernorm.weight", lambda v: v * 500)(t),
+        scaled(".self_attn.q_proj.input_scale", lambda v: v * 448)(t),
+        scaled(".self_attn.k_proj.input_scale", lambda v: v * 448)(t),
+        scaled(".self_attn.v_proj.input_scale", lambda v: v * 448)(t),
+    ),
+    "inputs of which one value is all there is": lambda t: [
+        t[f"model.layers.1.self_attn.{s}_proj.input_scale"].copy_(
+            t["model.layers.1.input_layernorm.weight"].float().abs().max()
+            * math.sqrt(len(t["model.layers.1.input_layernorm.weight"]))
+            / 448
+        )
+        for s in "qkv"
+    ],
+    "a cache that was not calibrated": scaled(".v_scale", torch.ones_like),
+    "k with large biases": lambda t: (
+        scaled(".1.self_attn.k_proj.bias", lambda v: v * 0 + 300)(t),
+        scaled(".1.self_attn.k_proj.k_scale", lambda v: v * 0 + 0.7)(t),
+    ),
+    "a layer that learned little": scaled(".2.mlp.down_proj.weight_scale", lambda v: v / 448),
+    "weights ten times as large": scaled(".weight_scale", lambda v: v * 10),
+}
+
+
+@pytest.mark.parametrize("change", LARGE_AND_RIGHT.values(), ids=LARGE_AND_RIGHT)
+def test_scales_that_are_large_and_right(good: Path, tmp_path: Path, change: Change) -> None:
+    assert changed(good, tmp_path, change) == []
+
+
+def test_shards_with_scales_of_their_own_are_mended_where_that_can_be_done(good: Path, tmp_path: Path) -> None:
+    (finding,) = changed(good, tmp_path, scaled(".1.mlp.up_proj.weight_scale", lambda v: v * 1.5))
+    assert finding.mend.startswith("harmless but lossy")
+    assert finding.mend.endswith("as `ckptq convert` does")
 
 
 # --- experts ---

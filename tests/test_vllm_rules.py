@@ -81,6 +81,33 @@ def test_idle_entries_are_those_that_keep_nothing() -> None:
     assert idle_entries(expect(stored, SCOPE, settings)) == ("model.visual", "re:visual.*", "*q_proj*", "model.embed_tokens")
 
 
+@pytest.mark.parametrize("head", ["lm_head", "re:.*lm_head"])
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "quark"])
+def test_an_entry_for_what_is_kept_anyway_is_not_idle(method: str, head: str) -> None:
+    weights = {"type": "float", "num_bits": 8, "strategy": "tensor"}
+    spec = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
+    said = {
+        "fp8": {"activation_scheme": "dynamic"},
+        "compressed-tensors": {
+            "format": "float-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+        "quark": {
+            "export": {"kv_cache_group": []},
+            "global_quant_config": {"weight": spec, "input_tensors": spec},
+            "layer_quant_config": {},
+            "layer_type_quant_config": {},
+        },
+    }
+    key = {"fp8": "ignored_layers", "compressed-tensors": "ignore", "quark": "exclude"}[method]
+    section = {"quant_method": method, **said[method], key: [head, "visual"]}
+    main = read_inventory(EXAMPLE).main
+    stored = Stored({**main.config, "quantization_config": section}, None, {n: t.spec for n, t in main.tensors.items()})
+    settings = configs.settings(stored, SCOPE, DEFAULT)
+    assert settings is not None
+    assert idle_entries(expect(stored, SCOPE, settings)) == ("visual",)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "misplaced"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -72,7 +73,7 @@ def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
 def _served(served: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the real server did; why it stopped is a finding."""
     how = f"as {served['quantization'] or 'unquantized'}, KV cache {served['kv_cache_dtype']}"
-    took = f"{how}, in {duration(served['load_seconds'])}" if served["load_seconds"] else "to no end"
+    took = f"{how}, in {duration(served['load_seconds'])}" if 0 < served["load_seconds"] < math.inf else "to no end"
     yield "server", f"vLLM {served['version']} on {served['platform']} loaded it {took}"
     if served["stand_ins"]:
         yield "", f"with stand-ins for what this vLLM lacks: {', '.join(served['stand_ins'])}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from ckptq import __version__
+from ckptq.console import amount
 from ckptq.reports import Outcome, fails, groups, rules, safe_text, verdict
 from ckptq.validators import Finding
 
@@ -19,7 +20,7 @@ def text(outcome: Outcome) -> str:
         "ckptq": __version__,
         "rules": rules(outcome.asked.server) if outcome.refusal is None else "none",
         "strict": str(outcome.asked.strict).lower(),
-        "checked": ", ".join(f"{c.what}: {c.amount} {c.unit}" for c in outcome.checked) or "nothing",
+        "checked": ", ".join(f"{c.what}: {amount(c.amount, c.unit)}" for c in outcome.checked) or "nothing",
         "verdict": verdict(outcome.findings, outcome.asked.strict) if outcome.refusal is None else "none: it can't be read",
     }
     for name, value in facts.items():

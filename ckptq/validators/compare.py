@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import median
@@ -37,6 +37,8 @@ USUAL = (0.002 / 448, 8 / 448)
 """Of the median weight scale. Half of all linears with weights above 8, or none above 0.002 in them: no training leads there."""
 _MARGIN = 1.1
 """Norms, products and RoPE are computed in BF16."""
+_YARN = 1.5
+"""The same, and its factor on K, which is 0.1 ln(how much longer) + 1."""
 FROM_V = 100.0
 """V's scale over that of o_proj's input, which is made of averages of V, and at the first token of a sample is V itself."""
 _UNSET = 1.0
@@ -53,7 +55,7 @@ _COMPARE = "compare with --source, or calibrate and export again"
 class Values:
     """What the pass over the values brought.
 
-    scales  {name: its largest value} of scales that are finite and above zero
+    scales  {name: its largest value} of scales with which nothing is wrong by themselves
     tops    {name: the largest magnitude} of unquantized tensors
     codes   {name: the largest code's value} of FP8 weights
     """
@@ -69,20 +71,21 @@ class Values:
         return self.scales.get(name) if tensor is not None and tensor.spec.numel == 1 else None
 
 
-def check(found: Values, scope: Scope, reported: Collection[str]) -> Iterator[Finding]:
-    """Findings on scales beside one another; none for those `reported` already."""
+def check(found: Values, scope: Scope) -> Iterator[Finding]:
+    """Findings on scales beside one another, one for each scale."""
     linears = server_linears(scope, found.component.config, found.component.tensors)
     mend = "harmless but lossy: requantize from the source with one scale for q, k and v, and one for gate and up"
     if scope.experts is None:
         mend += ", as `ckptq convert` does"
-    said = {*reported}
-    for finding in _beyond(found):
+    said: set[str] = set()
+    usual = tuple(_usual(found))
+    for finding in _beyond(found, by_weights=not usual):
         if finding.subject not in said:
             said.add(finding.subject)
             yield finding
     for linear in linears:
         yield from _shards(linear, found, mend, said)
-    for finding in (*_layers(found), *_usual(found)):
+    for finding in (*_layers(found), *usual):
         if finding.subject not in said:
             yield finding
     yield from _experts(linears, found)
@@ -131,7 +134,8 @@ def _layers(found: Values) -> Iterator[Finding]:
         for name in names:
             if (value := found.scales[name]) > LAYERS_APART * usual:
                 yield _outlier(
-                    name, f"at most {LAYERS_APART:g} times the median over the layers", f"{value:g}, {value / usual:.0f} times {usual:g}"
+                    name, f"at most {LAYERS_APART:g} times the median over the layers",
+                    f"{value:g}, {value / usual:.0f} times {usual:g}",
                 )  # fmt: skip
 
 
@@ -143,14 +147,14 @@ def _usual(found: Values) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _beyond(found: Values) -> Iterator[Finding]:
-    """Scales larger than the model lets their tensors become, whatever it is fed."""
+def _beyond(found: Values, *, by_weights: bool) -> Iterator[Finding]:
+    """Scales larger than the model lets their tensors become, whatever it is fed. K's and V's where weights can be believed."""
     for name, value in found.scales.items():
         kind, module = scale_kind(name), name.rpartition(".")[0]
         if kind == "input":
             limit = _input_limit(module, found)
             what = "what the norm before it lets through: sqrt(hidden) * its largest weight / 448"
-        elif kind in ("k", "v") and value != _UNSET:
+        elif by_weights and kind in ("k", "v") and name.endswith((".k_scale", ".v_scale")) and value != _UNSET:
             module = module if module.endswith("_proj") else f"{module}.{kind}_proj"
             limit = _cache_limit(module, kind == "k", found)
             what = "what the norm, the weight and the bias before it let through"
@@ -172,7 +176,7 @@ def _reach(module: str, found: Values) -> float | None:
         return None
     norm = f"{match['layer']}.{'input' if match['attention'] else 'post_attention'}_layernorm"
     top = found.tops.get(f"{norm}.weight")
-    if top is None or f"{norm}.bias" in found.component.tensors:
+    if top is None or {f"{norm}.bias", f"{module}.pre_quant_scale"} & found.component.tensors.keys():
         return None
     return float(top * sqrt(found.component.tensors[f"{norm}.weight"].spec.numel))
 
@@ -183,18 +187,21 @@ def _input_limit(module: str, found: Values) -> float | None:
 
 
 def _cache_limit(module: str, turned: bool, found: Values) -> float | None:
-    """The largest scale of K or V: |x| * |row of W| + |bias|; RoPE, which turns pairs, adds up to sqrt(2). Or what K's norm allows."""
+    """The largest scale of K or V: |x| * |row of W| + |bias|, or what K's own norm lets through.
+
+    RoPE turns pairs, so that one of two may become sqrt(2) times as large, and YaRN makes all larger.
+    """
     attention = module.rpartition(".")[0]
     norm = f"{attention}.k_norm.weight"
     if turned and norm in found.component.tensors:
         top = found.tops.get(norm)
-        return None if top is None else _MARGIN * top * sqrt(found.component.tensors[norm].spec.numel) / 448
+        return None if top is None else _YARN * top * sqrt(found.component.tensors[norm].spec.numel) / 448
     reach, weight = _reach(module, found), found.component.tensors.get(f"{module}.weight")
     largest = _largest_weight(module, found)
     bias = found.tops.get(f"{module}.bias", 0.0 if f"{module}.bias" not in found.component.tensors else None)
     if reach is None or weight is None or largest is None or bias is None or not weight.spec.shape:
         return None
-    return float(_MARGIN * (reach * largest * sqrt(weight.spec.shape[-1]) + bias) * (sqrt(2) if turned else 1) / 448)
+    return float((_YARN * sqrt(2) if turned else _MARGIN) * (reach * largest * sqrt(weight.spec.shape[-1]) + bias) / 448)
 
 
 def _largest_weight(module: str, found: Values) -> float | None:

@@ -11,7 +11,7 @@ from ckptq.errors import SourceError
 from ckptq.scopes import Scope
 from ckptq.validators import Stored
 from ckptq.validators.formats import Format
-from ckptq.validators.methods import Settings, Treatment, find_method
+from ckptq.validators.methods import Settings, Treatment, load_method
 from ckptq.validators.vllm_rules import Parameter, ServerLinear, is_tied, parameters, server_linears
 
 _MOST_MATCHES, _MOST_PASSES = 10_000_000, 200_000
@@ -59,14 +59,12 @@ def expect(stored: Stored, scope: Scope, settings: Settings) -> Expected:
 
 def treatments(linears: tuple[ServerLinear, ...], scope: Scope, settings: Settings) -> dict[str, Treatment]:
     """How each linear is built, by the server's name for it. Raises SourceError for a list that would take hours to match."""
-    method = find_method(settings.method)
-    assert method is not None  # settings come from a method
     places = len({linear.prefix for linear in linears})
     if places * len(settings.exclude) > _MOST_MATCHES:
         raise SourceError(
             f"{settings.file}.{settings.key}: {len(settings.exclude)} entries against {places} linears: too many to match"
         )
-    treat = method.matcher(settings, scope)
+    treat = load_method(settings.method).matcher(settings, scope)
     return {linear.prefix: treat(linear) for linear in linears}
 
 

@@ -37,22 +37,33 @@ def check(entries: Iterable[str], file: str) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def matches(value: str, entry: str) -> bool:
-    """`re:` matches from the start of the name; all else is compared whole.
+Matches = Callable[[str, str], bool]
+"""(value, entry) -> whether the entry holds the value."""
 
-    Raises SourceError for an expression that takes longer than SECONDS in all, or memory without bound.
+
+def matcher() -> Matches:
+    """`re:` matches from the start of the name; all else is compared whole. Made once for a list: each expression has SECONDS.
+
+    It raises SourceError for an expression that takes longer than that in all, or memory without bound.
     """
-    if not entry.startswith("re:"):
-        return value == entry
-    if _CALLS.search(entry):
-        raise SourceError(f"config.json: the expression {entry!r} calls itself, which is not followed")
-    try:
-        return _expression(entry[3:])(value)
-    except (TimeoutError, MemoryError):
-        raise SourceError(f"config.json: the expression {entry!r} takes too long to match {value}") from None
+    expression = functools.cache(_expression)
+
+    def matches(value: str, entry: str) -> bool:
+        if not entry.startswith("re:"):
+            return value == entry
+        if _CALLS.search(entry):
+            raise SourceError(f"config.json: the expression {entry!r} calls itself, which is not followed")
+        try:
+            return expression(entry[3:])(value)
+        except (TimeoutError, MemoryError):
+            raise SourceError(f"config.json: the expression {entry!r} takes too long to match {value}") from None
+
+    return matches
 
 
-def ignored(name: str, entries: Sequence[str], packed: Mapping[str, Sequence[str]], server: Server, *, fused: bool) -> bool | None:
+def ignored(
+    name: str, entries: Sequence[str], matches: Matches, packed: Mapping[str, Sequence[str]], server: Server, *, fused: bool
+) -> bool | None:
     """Whether the list holds this linear; None where it holds some shards of a fused one, at which vLLM raises.
 
     compressed_tensors/utils.py and quark/utils.py should_ignore_layer. `fused`: whether the plain name of a fused linear counts
@@ -78,7 +89,6 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-@functools.cache
 def _expression(pattern: str) -> Callable[[str], bool]:
     import regex  # vLLM's own choice, and it has a time limit
 

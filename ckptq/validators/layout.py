@@ -147,8 +147,8 @@ def _not_excluded(module: str, linear: ServerLinear, at: Expected, idle: str) ->
         "compressed-tensors": "Names count whole; `re:.*visual.*` reaches a module and all inside it, by the server's name",
         "quark": "Names count whole, globs do nothing; `re:.*visual.*` reaches a module and all inside it, by the server's name",
     }[at.settings.method]
-    key = at.settings.key
-    lists = f"{key} in config.json and exclude_modules in hf_quant_config.json" if at.settings.method == "modelopt" else key
+    key, both = at.settings.key, at.settings.method == "modelopt" and at.settings.file.startswith("config.json")
+    lists = f"{key} in config.json and exclude_modules in hf_quant_config.json" if both else key
     return error(
         "layout.not-excluded",
         f"{module}.weight",

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope, Split
-from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators import Code, Finding, error, has_errors, warning
 from ckptq.validators.formats import MODELOPT_BLOCK, Format
 from ckptq.validators.servers import DEFAULT, Server
 from ckptq.validators.vllm_rules import ServerLinear, server_name
@@ -49,9 +49,9 @@ CODES = {
         "rows or columns per rank that are no multiple of 16",
         "vLLM 0.32.0 model_executor/kernels/linear/scaled_mm/cutlass.py and pytorch.py",
     ),
-    "parallel.experts": Code(
-        "too few experts for --tp, or none for --ep",
-        "vLLM 0.32.0 model_executor/models/qwen3_moe.py Qwen3MoeSparseMoeBlock; config/model.py _verify_with_expert_parallelism",
+    "parallel.experts": Code("fewer experts than ranks", "vLLM 0.32.0 model_executor/models/qwen3_moe.py Qwen3MoeSparseMoeBlock"),
+    "parallel.no-experts": Code(
+        "--ep for a model without routed experts", "vLLM 0.32.0 config/model.py _verify_with_expert_parallelism"
     ),
     "parallel.expert-size": Code(
         "an expert's intermediate size that --tp does not divide",
@@ -96,40 +96,46 @@ def check(
     Raises UnsupportedError for a `tp` outside 1..64.
     """
     if not 1 <= tp <= MOST_RANKS:
-        raise UnsupportedError(
-            f"--tp {tp}: expected 1 to {MOST_RANKS} ranks", hint="give the number that the server is to run with"
-        )
-    text = scope.text(config)
-    yield from _heads(text, tp)
-    yield from _vocabulary(text, tp)
-    yield from _experts(scope, text, tp, ep)
-    if not tower_data_parallel:
-        yield from _tower_heads(scope, config, tp)
-    split_for = split_of(scope)
-    seen: set[tuple[str, int]] = set()
-    for linear, form in built:
-        sizes = [shape for shard in linear.shards if (shape := _matrix(shapes.get(shard))) is not None]
-        if len(sizes) != len(linear.shards):
-            continue
-        if linear.part == "experts":
-            # All experts of a layer are one module: the first of them speaks for all.
-            if form is not None and (linear.prefix, len(sizes)) not in seen:
-                seen.add((linear.prefix, len(sizes)))
-                yield from _expert_blocks(linear, form, sizes, 1 if ep else tp, server)
-            continue
-        whole = linear.part == "tower" and tower_data_parallel
-        split = "none" if whole else split_for(linear)
-        yield from _linear(
-            _Cut(linear, form, split, 1 if split == "none" else tp, server), sizes, _head_counts(scope, config, linear)
-        )
+        raise UnsupportedError(f"--tp {tp}: expected 1 to {MOST_RANKS} ranks", hint="give the number that the server runs with")
+    linears = tuple(built)
+
+    def findings(ranks: int) -> Iterator[Finding]:
+        """Heads come first, so that most numbers of ranks end early."""
+        text = scope.text(config)
+        yield from _heads(text, ranks)
+        yield from _vocabulary(text, ranks)
+        yield from _experts(scope, text, ranks, ep)
+        if not tower_data_parallel:
+            yield from _tower_heads(scope, config, ranks)
+        split_for = split_of(scope)
+        seen: set[tuple[str, int]] = set()
+        for linear, form in linears:
+            sizes = [shape for shard in linear.shards if (shape := _matrix(shapes.get(shard))) is not None]
+            if len(sizes) != len(linear.shards):
+                continue
+            if linear.part == "experts":
+                # All experts of a layer are one module: the first of them speaks for all.
+                if form is not None and (linear.prefix, len(sizes)) not in seen:
+                    seen.add((linear.prefix, len(sizes)))
+                    yield from _expert_blocks(linear, form, sizes, 1 if ep else ranks, server)
+                continue
+            whole = linear.part == "tower" and tower_data_parallel
+            split = "none" if whole else split_for(linear)
+            yield from _linear(
+                _Cut(linear, form, split, 1 if split == "none" else ranks, server), sizes, _head_counts(scope, config, linear)
+            )
+
+    found = tuple(findings(tp))
+    if any(_OTHER_TP in f.mend for f in found):
+        fits = ", ".join(str(n) for n in range(1, MOST_RANKS + 1) if not has_errors(findings(n))) or "none does"
+        found = tuple(replace(f, mend=f.mend.replace(_OTHER_TP, f"{_OTHER_TP} ({fits})")) for f in found)
+    yield from found
 
 
 def _heads(text: Mapping[str, Any], tp: int) -> Iterator[Finding]:
     heads, kv = _count(text, "num_attention_heads"), _count(text, "num_key_value_heads")
     if heads is not None and heads % tp:
-        yield error(
-            "parallel.heads", "config.json: num_attention_heads", f"a multiple of {tp}", f"{heads}", _RAISES, _OTHER_TP
-        )  # fmt: skip
+        yield error("parallel.heads", "config.json: num_attention_heads", f"a multiple of {tp}", f"{heads}", _RAISES, _OTHER_TP)
     if kv is not None and _kv_per_rank(kv, tp) is None:
         yield error(
             "parallel.kv-heads", "config.json: num_key_value_heads", f"a multiple or a divisor of {tp}", f"{kv}", _RAISES, _OTHER_TP
@@ -167,15 +173,12 @@ def _experts(scope: Scope, text: Mapping[str, Any], tp: int, ep: bool) -> Iterat
     key = scope.experts_key(text)
     count = _count(text, key) if scope.experts else None
     if ep and count is None:
-        yield error(
-            "parallel.experts", "--ep", "a model with routed experts", "none", _RAISES, "serve without --enable-expert-parallel"
-        )  # fmt: skip
+        mend = "serve without --enable-expert-parallel"
+        yield error("parallel.no-experts", "--ep", "a model with routed experts", "none", _RAISES, mend)
     if count is None or scope.experts is None:
         return
     if tp > count:
-        yield error(
-            "parallel.experts", f"config.json: {key}", f"at least {tp}", f"{count}", _RAISES, _OTHER_TP
-        )  # fmt: skip
+        yield error("parallel.experts", f"config.json: {key}", f"at least {tp}", f"{count}", _RAISES, _OTHER_TP)
     size = _count(text, "moe_intermediate_size")
     if size is not None and not ep and size % tp:
         yield error(

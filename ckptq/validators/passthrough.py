@@ -11,7 +11,7 @@ from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, sidecars, warning
 from ckptq.validators.likeness import Likeness
 from ckptq.validators.rounding import Coded, Desk, Off, beyond, differing, joined
-from ckptq.validators.scales import block_of, grid, read_scales, scale_kind, scale_of
+from ckptq.validators.scales import block_of, find_grid, read_scales, scale_kind, scale_of
 from ckptq.validators.scan import in_order
 from ckptq.validators.vllm_rules import is_tied, parameters
 
@@ -50,6 +50,10 @@ def check(output: Inventory, source: Inventory, scope: Scope, advance: Callable[
     The two may spell names after different generations of the architecture.
     """
     ours, theirs = output.main, source.main
+    if other := sidecars.other_model(ours.config, theirs.config, scope):
+        yield other
+        advance(ours.nbytes)
+        return
     originals = _originals(ours, theirs, scope)
     yield from sidecars.check(output, source)
     with Reader(output.root, ours) as reader, Reader(source.root, theirs) as original:
@@ -82,7 +86,7 @@ def _in_file_order(ours: Component, originals: Mapping[str, SourceTensor]) -> li
 
 
 def _read_by_server(names: Sequence[str], own: Component, scope: Scope, reader: Reader) -> Iterator[tuple[str, bool]]:
-    """(name, whether the server reads it) of names that one side lacks. A tied head that repeats the embeddings is no matter."""
+    """(name, whether the server reads it) of names that one side lacks. A tied head that repeats the embeddings does not count."""
     known = {p.name for p in parameters(scope, own.config, own.tensors)} if names else set()
     for name in names:
         if scope.canonical(name) != _HEAD or not is_tied(scope, own.config) or not _repeats_embeddings(name, own, reader):
@@ -100,21 +104,21 @@ def _repeats_embeddings(name: str, own: Component, reader: Reader) -> bool:
 
 def _missing(name: str, read: bool) -> Finding:
     effect = "vLLM leaves that memory as it finds it" if read else "none in vLLM, which does not read it"
-    say = error if read else warning
-    return say("passthrough.missing", name, "every tensor of the source", "not stored", effect, "take the tensor over")
+    report = error if read else warning
+    return report("passthrough.missing", name, "every tensor of the source", "not stored", effect, "take the tensor over")
 
 
 def _extra(name: str, read: bool) -> Finding:
     effect = "vLLM computes with it, and the source has none" if read else "vLLM drops it or raises; it is no part of the model"
-    say = error if read else warning
-    return say("passthrough.extra", name, "the source's tensors, and scales", "a further tensor", effect, "remove it")
+    report = error if read else warning
+    return report("passthrough.extra", name, "the source's tensors, and scales", "a further tensor", effect, "remove it")
 
 
 def _pair(tensor: SourceTensor, before: SourceTensor, ours: Component, reader: Reader) -> Pair:
     scale = scale_of(tensor.spec.name, ours.tensors) if _is_coded(tensor.spec, before.spec) else None
-    lies = grid(tensor.spec.shape, scale.spec.shape, block_of(ours.config)) if scale else None
-    values = read_scales(reader, scale) if scale and lies else None
-    return Pair(tensor, before, Coded(values, lies) if lies and values is not None and bool(_all_finite(values)) else None)
+    grid = find_grid(tensor.spec.shape, scale.spec.shape, block_of(ours.config)) if scale else None
+    values = read_scales(reader, scale) if scale and grid else None
+    return Pair(tensor, before, Coded(values, grid) if grid and values is not None and bool(_all_finite(values)) else None)
 
 
 def _all_finite(values: object) -> bool:
@@ -177,9 +181,9 @@ def _jobs(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, range | None, bool]]:
             continue
         end, step = pair.ours.spec.numel, PART
         if pair.coded is not None:
-            lies = pair.coded.grid
-            end, step = lies.rows, max(PART // (lies.columns * lies.high), 1) * lies.high
-            step = min(step, max(PART // lies.columns, 1)) if lies.wide == lies.columns else step
+            grid = pair.coded.grid
+            end, step = grid.rows, max(PART // (grid.columns * grid.high), 1) * grid.high
+            step = min(step, max(PART // grid.columns, 1)) if grid.wide == grid.columns else step
         for at in range(0, end, step):
             yield pair, range(at, min(at + step, end)), at + step >= end
 

@@ -75,7 +75,7 @@ class Grid:
         return -(-self.rows // self.high), -(-self.columns // self.wide)
 
 
-def grid(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> Grid | None:
+def find_grid(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> Grid | None:
     """The granularity that the shapes tell, or None where they do not fit.
 
     weight  [..., n, k]; leading dimensions (experts) count as rows

@@ -1,4 +1,4 @@
-"""One pass over every byte of a checkpoint: each tensor's extremes and, on demand, its digest. Threads, and fixed buffers.
+"""One pass over every byte of a checkpoint: each tensor's extremes and, where asked for, its digest. Threads, and fixed buffers.
 
 Extremes are told as bits. Floating numbers of one sign are ordered as their bits are, so the largest signed and the largest
 unsigned integer of a buffer give the largest magnitude, exactly and at the speed of the processor's cache.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptq import digest
 from ckptq.checkpoint import Inventory
+from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, warning
 
 CODES = {
+    "passthrough.source": Code("what --source names is another model"),
     "passthrough.config": Code("config.json differs in more than quantization_config"),
     "passthrough.sidecar-missing": Code("a file of the source did not come along"),
     "passthrough.sidecar": Code("a file that came along, changed"),
@@ -34,6 +37,7 @@ NOTES = re.compile(
 """Keys of config.json that change no answer of a server: they are about training, or about who saved the file."""
 ALIASES = {"torch_dtype": "dtype", "num_local_experts": "num_experts"}
 """Keys that transformers 5 writes under another name than 4: configuration_utils.py attribute_map."""
+_LONGEST = 80
 
 
 def check(output: Inventory, source: Inventory) -> Iterator[Finding]:
@@ -53,6 +57,20 @@ def check(output: Inventory, source: Inventory) -> Iterator[Finding]:
                 "whoever serves it tokenizes, or prepares images, otherwise than the source does, if the difference matters",
                 "copy the file from the source again",
             )  # fmt: skip
+
+
+def other_model(ours: Mapping[str, Any], theirs: Mapping[str, Any], scope: Scope) -> Finding | None:
+    """The one thing to say where the two configs are of two models: everything differs then."""
+    keys = {"architectures": (ours, theirs), "hidden_size": (scope.text(ours), scope.text(theirs))}
+    differ = [key for key, (a, b) in keys.items() if None not in (a.get(key), b.get(key)) and a[key] != b[key]]
+    if not differ:
+        return None
+    shown = (f"{key} {_json(keys[key][0][key])}, there {_json(keys[key][1][key])}" for key in differ)
+    return error(
+        "passthrough.source", "config.json", "the model that --source names", ", ".join(shown),
+        "either config.json was changed, or this is not its source: nothing further was compared",
+        "name the checkpoint that it was made from",
+    )  # fmt: skip
 
 
 def _missing(name: str, *, replaced: bool) -> Finding:
@@ -75,13 +93,19 @@ def _config_findings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iter
             continue
         changed = None not in (new, old) and leaf != "dtype"
         yield (error if changed else warning)(
-            "passthrough.config", f"config.json: {key}", _shown(before, key), _shown(after, key),
+            "passthrough.config", f"config.json: {key}", "the source's value", f"{_shown(after, key)}, there {_shown(before, key)}",
             "vLLM builds the model from it: only quantization_config may be added", "take the rest of config.json over",
         )  # fmt: skip
 
 
 def _shown(leaves: Mapping[str, Any], key: str) -> str:
-    return f"{leaves[key]!r:.80}" if key in leaves else "absent"
+    return _json(leaves[key]) if key in leaves else "absent"
+
+
+def _json(value: Any) -> str:
+    """A value as it stands in the file, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _leaves(config: Mapping[str, Any], at: str = "") -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.checkpoint import Component, Reader, SourceTensor
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, compare, error, warning
-from ckptq.validators.scales import DTYPES, Grid, Kind, as_float, block_of, grid, read_scales, scale_kind, scale_of
+from ckptq.validators.scales import DTYPES, Grid, Kind, as_float, block_of, find_grid, read_scales, scale_kind, scale_of
 from ckptq.validators.scan import NUMBERS, Seen, scan
 
 CODES = {
@@ -55,11 +55,11 @@ class _Pass:
         value = as_float(seen.low, tensor.spec.dtype)
         return value if math.isfinite(value) else None
 
-    def summary(self, component: Component) -> compare.Values:
-        largest = {name: as_float(seen.top, tensor.spec.dtype) for name, (tensor, seen) in self.scales.items() if not seen.signed}
-        scales = {name: value for name, value in largest.items() if 0 < value < math.inf}
+    def summary(self, component: Component, reported: Collection[str]) -> compare.Values:
+        """The same in numbers, without the scales that were reported."""
+        scales = {n: as_float(seen.top, tensor.spec.dtype) for n, (tensor, seen) in self.scales.items() if n not in reported}
         codes = {name: _value(seen.top) for name, (_, seen) in self.codes.items()}
-        return compare.Values(scales, self.tops, codes, component)
+        return compare.Values({n: v for n, v in scales.items() if v > 0}, self.tops, codes, component)
 
 
 def check(
@@ -97,7 +97,7 @@ def check(
             for finding in _scale_findings(tensor, seen, component, reader, block):
                 reported.add(tensor.spec.name)
                 yield finding
-    yield from compare.check(found.summary(component), scope, reported)
+    yield from compare.check(found.summary(component, reported), scope)
 
 
 def _codes_findings(found: _Pass, component: Component, block: tuple[int, int]) -> Iterator[Finding]:
@@ -111,11 +111,11 @@ def _codes_findings(found: _Pass, component: Component, block: tuple[int, int]) 
     for name, (tensor, seen) in found.codes.items():
         scale = places[name]
         value = found.one(scale.spec.name) if scale else None
-        lies = grid(tensor.spec.shape, scale.spec.shape, block) if scale else None
-        yield from _code_findings(tensor, seen, lies, seen.top if value is None else tops[value])
+        grid = find_grid(tensor.spec.shape, scale.spec.shape, block) if scale else None
+        yield from _code_findings(tensor, seen, grid, seen.top if value is None else tops[value])
 
 
-def _code_findings(tensor: SourceTensor, seen: Seen, lies: Grid | None, top: int) -> Iterator[Finding]:
+def _code_findings(tensor: SourceTensor, seen: Seen, grid: Grid | None, top: int) -> Iterator[Finding]:
     name, count = tensor.spec.name, tensor.spec.numel
     if seen.nan:
         yield error(
@@ -128,12 +128,12 @@ def _code_findings(tensor: SourceTensor, seen: Seen, lies: Grid | None, top: int
             "values.all-zero", name, "codes other than zero", "all zero", "the linear answers with its bias alone",
             "right only where the source's weight is all zero: compare with --source",
         )  # fmt: skip
-    elif _saturated(seen, count, math.prod(lies.shape) if lies else 1):
+    elif _saturated(seen, count, math.prod(grid.shape) if grid else 1):
         yield warning(
             "values.saturated", name, "few codes at the largest value, 448", f"{seen.largest / count:.2%} of them",
             "the scale is too small and cut the largest weights off", "weight_scale must be amax / 448: convert again",
         )  # fmt: skip
-    elif top < FULL and lies is not None:
+    elif top < FULL and grid is not None:
         yield warning(
             "values.small-codes", name, "codes up to 448", f"codes up to {_value(top):g}",
             "the scale is larger than the weights need, and the smallest ones lose their bits or vanish",
@@ -144,7 +144,7 @@ def _code_findings(tensor: SourceTensor, seen: Seen, lies: Grid | None, top: int
 def _saturated(seen: Seen, count: int, groups: int) -> bool:
     """Whether weights were cut off. Each group under one scale has its amax at 448, and so may have ties; `next` tells the tail.
 
-    The code 448 takes what lies within 3.6 % of the amax, the next one the 7.1 % below that. Where weights thin out towards the
+    The code 448 takes what grid within 3.6 % of the amax, the next one the 7.1 % below that. Where weights thin out towards the
     amax, or are spread evenly, the first gets at most half of the second.
     """
     more = seen.largest - groups
@@ -204,25 +204,25 @@ def _odd(
 
     base = tensor.spec.name.removesuffix("_inv").removesuffix("_scale")
     weight = component.tensors.get(base, component.tensors.get(base.removesuffix("_weight")))
-    lies = grid(weight.spec.shape, tensor.spec.shape, block) if weight else None
+    grid = find_grid(weight.spec.shape, tensor.spec.shape, block) if weight else None
     values = read_scales(reader, tensor)
-    if weight is None or lies is None or values is None or weight.spec.dtype != "F8_E4M3":
+    if weight is None or grid is None or values is None or weight.spec.dtype != "F8_E4M3":
         return None
     places = np.flatnonzero(~((values >= low) & (values <= high) & (values > 0)))
-    across = lies.shape[1]
+    across = grid.shape[1]
     over = (int(i) for i in places[:_LOOKED_AT])
-    return tuple(float(values[i]) for i in over if not _zeros(reader, weight, lies, *divmod(i, across)))
+    return tuple(float(values[i]) for i in over if not _zeros(reader, weight, grid, *divmod(i, across)))
 
 
-def _zeros(reader: Reader, weight: SourceTensor, lies: Grid, down: int, across: int) -> bool:
+def _zeros(reader: Reader, weight: SourceTensor, grid: Grid, down: int, across: int) -> bool:
     """Whether all codes under one scale are zero, of either sign."""
     import numpy as np
 
-    left, right = across * lies.wide, min((across + 1) * lies.wide, lies.columns)
-    top, bottom = down * lies.high, min((down + 1) * lies.high, lies.rows)
-    spans = [(row * lies.columns + left, row * lies.columns + right) for row in range(top, bottom)]
-    if right - left == lies.columns:
-        spans = [(top * lies.columns, bottom * lies.columns)]
+    left, right = across * grid.wide, min((across + 1) * grid.wide, grid.columns)
+    top, bottom = down * grid.high, min((down + 1) * grid.high, grid.rows)
+    spans = [(row * grid.columns + left, row * grid.columns + right) for row in range(top, bottom)]
+    if right - left == grid.columns:
+        spans = [(top * grid.columns, bottom * grid.columns)]
     buffer = memoryview(bytearray(min(1 << 20, max(end - at for at, end in spans))))
     for at, end in spans:
         for start in range(at, end, len(buffer)):

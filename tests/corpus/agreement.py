@@ -127,7 +127,7 @@ def validated(folder: Path, mutant: Mutant, server: Server = DEFAULT) -> tuple[S
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """Lines of text: how many agree, by class of fault and by label. What it can't judge is counted beside, and agrees in no cell."""
+    """Lines of text: how many agree, by class of fault and label. What it can't judge is counted apart, and agrees in no cell."""
     cells = Counter((v.mutant.fault, v.label, v.agrees and not v.excused) for v in verdicts)
     unjudged = Counter(v.mutant.fault for v in verdicts if v.said == UNJUDGED)
     faults = list(dict.fromkeys(v.mutant.fault for v in verdicts))

@@ -68,10 +68,14 @@ class Method(Protocol):
 
 def find_method(name: str) -> Method | None:
     """The module for a `quant_method`, or None."""
-    wanted = name.replace("-", "_")
-    if wanted not in {m.name for m in pkgutil.iter_modules(__path__)}:
+    if name.replace("-", "_") not in {m.name for m in pkgutil.iter_modules(__path__)}:
         return None
-    method: Method = importlib.import_module(f"{__name__}.{wanted}")
+    return load_method(name)
+
+
+def load_method(name: str) -> Method:
+    """The module for a `quant_method` that is one of `known`."""
+    method: Method = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     return method
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope, Split
 from ckptq.validators import Code, Finding, error, expressions, has_errors
-from ckptq.validators.expressions import matches
+from ckptq.validators.expressions import Matches
 from ckptq.validators.formats import Format, Granularity, compressed_tensors
 from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.parallel import split_of
@@ -62,8 +62,8 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
     entries = section.get("ignore", [])
     if not is_names(entries):
         yield error(
-            "config.ignore", f"{file}.ignore", "a list of names", spelled(section, "ignore"), "vLLM raises, or searches the letters of a text",
-            "write the names as a JSON list",
+            "config.ignore", f"{file}.ignore", "a list of names", spelled(section, "ignore"),
+            "vLLM raises, or searches the letters of a text", "write the names as a JSON list",
         )  # fmt: skip
     yield from expressions.check([*exclude_list(section, "ignore"), *(t for g in groups.values() for t in _targets(g))], file)
     yield from _kv_findings(section, file)
@@ -219,7 +219,7 @@ def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | No
 
 def matcher(settings: Settings, scope: Scope) -> Matcher:
     """Which linears are built quantized: those that a group's targets reach by name or class, and the ignore list does not."""
-    packed, split_for = packed_modules(scope), split_of(scope)
+    packed, split_for, matches = packed_modules(scope), split_of(scope), expressions.matcher()
     ignore = [_mapped(entry, scope) for entry in settings.exclude]
     linears: dict[str, Treatment] = {}
     routed: dict[str, Treatment] = {}
@@ -230,10 +230,11 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
             routed |= dict.fromkeys(targets, _format(group) if _fits_experts(group) else "refused")
 
     def of_name(name: str, kind: str) -> Treatment:
-        ignored = expressions.ignored(name, ignore, packed, settings.server, fused=True)
+        ignored = expressions.ignored(name, ignore, matches, packed, settings.server, fused=True)
         if ignored is None:
             return "refused"
-        return "kept" if ignored else _target(name, kind, routed if kind == "RoutedExperts" else linears, packed, settings.server)
+        groups = routed if kind == "RoutedExperts" else linears
+        return "kept" if ignored else _target(name, kind, groups, matches, packed, settings.server)
 
     @functools.cache
     def of_prefix(prefix: str, kind: str, experts: tuple[str, ...]) -> Treatment:
@@ -264,29 +265,31 @@ def _mapped(entry: str, scope: Scope) -> str:
 
 
 def _target(
-    name: str, kind: str, groups: Mapping[str, Treatment], packed: Mapping[str, Sequence[str]], server: Server
+    name: str, kind: str, groups: Mapping[str, Treatment], matches: Matches, packed: Mapping[str, Sequence[str]], server: Server
 ) -> Treatment:
     """find_matched_target: the name, then all shards of a fused one, then the class; older versions ask for the class before."""
-    by_name = _first(name, groups)
-    by_class = _by_class(kind, groups)
-    by_shards = _by_shards(name, groups, packed)
+    by_name = _first(name, groups, matches)
+    by_class = _by_class(kind, groups, matches)
+    by_shards = _by_shards(name, groups, matches, packed)
     order = (by_name, by_shards, by_class) if server.shards_before_class else (by_name, by_class, by_shards)
     unreached: Treatment = "refused" if server.unreached_refused and groups and kind != "ParallelLMHead" else "kept"
     return next((found for found in order if found is not None), unreached)
 
 
-def _first(name: str, groups: Mapping[str, Treatment]) -> Treatment | None:
+def _first(name: str, groups: Mapping[str, Treatment], matches: Matches) -> Treatment | None:
     return next((treatment for target, treatment in groups.items() if matches(name, target)), None)
 
 
-def _by_shards(name: str, groups: Mapping[str, Treatment], packed: Mapping[str, Sequence[str]]) -> Treatment | None:
+def _by_shards(
+    name: str, groups: Mapping[str, Treatment], matches: Matches, packed: Mapping[str, Sequence[str]]
+) -> Treatment | None:
     """The first shard's, where each of them is reached."""
     fused = next((key for key in packed if name.endswith(key)), None)
-    found = [_first(name.replace(fused, shard), groups) for shard in packed[fused]] if fused is not None else [None]
+    found = [_first(name.replace(fused, shard), groups, matches) for shard in packed[fused]] if fused is not None else [None]
     return found[0] if None not in found else None
 
 
-def _by_class(kind: str, groups: Mapping[str, Treatment]) -> Treatment | None:
+def _by_class(kind: str, groups: Mapping[str, Treatment], matches: Matches) -> Treatment | None:
     """A target may be a part of the class's name, whatever the case. "Linear" speaks of routed experts, too:
     _add_fused_moe_to_target_scheme_map.
     """

@@ -12,7 +12,7 @@ from typing import Any
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, has_errors, warning
 from ckptq.validators.formats import NATIVE_DYNAMIC, NATIVE_STATIC, Format, native_block
-from ckptq.validators.methods import Matcher, Settings, Treatment, exclude_list, is_names, spelled
+from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.methods.modelopt import exactly_skipped
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
@@ -35,7 +35,7 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
         )  # fmt: skip
     if block is not None and not _is_pair(block):
         yield error(
-            "config.block-size", f"{file}.weight_block_size", "two positive integers, [rows, columns]", spelled(section, "weight_block_size"),
+            "config.block-size", f"{file}.weight_block_size", "two positive integers, [rows, columns]", as_json(block),
             "vLLM raises", "write [128, 128], or remove the key where the scales are per tensor",
         )  # fmt: skip
     elif block is not None and scheme == "static":

@@ -80,8 +80,8 @@ def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
     group = section["export"].get("kv_cache_group")
     if not is_names(group):
         yield error(
-            "config.quark-kv", f"{file}.export.kv_cache_group", "a list of names, [] without KV scales", as_json(group), "vLLM raises",
-            "write the list",
+            "config.quark-kv", f"{file}.export.kv_cache_group", "a list of names, [] without KV scales", as_json(group),
+            "vLLM raises", "write the list",
         )  # fmt: skip
         return
     outputs = [config.get("output_tensors") for config in _kv_configs(section)]
@@ -187,7 +187,7 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
     Settings of layer_type_quant_config never count: the server looks them up by a class, and JSON has texts alone. Raises
     UnsupportedError, then or when it is asked, where the weights of a linear are not FP8 as ckptq knows it.
     """
-    packed, server = packed_modules(scope), settings.server
+    packed, server, matches = packed_modules(scope), settings.server, expressions.matcher()
     exclude = [server_name(entry, scope) for entry in settings.exclude]
     configs = _finder(settings, scope, packed)
 
@@ -195,7 +195,7 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
         inside = (e == prefix or e.startswith(f"{prefix}.") for e in exclude if not e.startswith("re:"))
         if part == "experts" and server.quark_expert_parts and any(inside):
             return True
-        return expressions.ignored(prefix, exclude, packed, server, fused=False)
+        return expressions.ignored(prefix, exclude, matches, packed, server, fused=False)
 
     @functools.cache
     def of_prefix(prefix: str, part: str) -> Treatment:
