@@ -156,8 +156,7 @@ def _layout(
     stored: Stored, scope: Scope, *, server: Server = DEFAULT, tp: int = 1, ep: bool = False
 ) -> tuple[list[Finding], Expected | None]:
     """(findings without values, what the server will build or None where the configs don't say)."""
-    findings = list(configs.check(stored, scope, server))
-    settings = configs.settings(stored, scope, server)
+    settings, findings = configs.read(stored, scope, server)
     if settings is None:
         return findings, None
     at = expect(stored, scope, settings)

@@ -76,7 +76,7 @@ def test_idle_entries_are_those_that_keep_nothing() -> None:
     entries = ["visual*", "model.visual", "re:visual.*", "lm_head", "*q_proj*", "model.embed_tokens"]
     section = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": entries}
     stored = Stored({**main.config, "quantization_config": section}, None, {n: t.spec for n, t in main.tensors.items()})
-    settings = configs.settings(stored, SCOPE, DEFAULT)
+    settings, _ = configs.read(stored, SCOPE, DEFAULT)
     assert settings is not None
     assert idle_entries(expect(stored, SCOPE, settings)) == ("model.visual", "re:visual.*", "*q_proj*", "model.embed_tokens")
 
@@ -103,7 +103,7 @@ def test_an_entry_for_what_is_kept_anyway_is_not_idle(method: str, head: str) ->
     section = {"quant_method": method, **said[method], key: [head, "visual"]}
     main = read_inventory(EXAMPLE).main
     stored = Stored({**main.config, "quantization_config": section}, None, {n: t.spec for n, t in main.tensors.items()})
-    settings = configs.settings(stored, SCOPE, DEFAULT)
+    settings, _ = configs.read(stored, SCOPE, DEFAULT)
     assert settings is not None
     assert idle_entries(expect(stored, SCOPE, settings)) == ("visual",)
 

@@ -41,47 +41,45 @@ UNCHECKED = frozenset(
 """Values of quant_method that vLLM knows and ckptq does not."""
 
 
-def check(stored: Stored, scope: Scope, server: Server) -> Iterator[Finding]:
-    """Findings on config.json and hf_quant_config.json. Raises UnsupportedError where nothing is quantized, and as `settings`."""
+def read(stored: Stored, scope: Scope, server: Server) -> tuple[Settings | None, list[Finding]]:
+    """(the settings in force or None where none can be read, findings on config.json and hf_quant_config.json).
+
+    Raises UnsupportedError where nothing is quantized, and for a method or number format that vLLM serves and ckptq does not know.
+    """
     found = _section(stored, scope)
     if found is None:
         _refuse_unquantized(stored)
-        yield error(
-            "config.no-section", SECTION, "a section with quant_method: tensors are stored quantized",
-            "neither it nor hf_quant_config.json", "vLLM takes the checkpoint for unquantized, and stops at the first scale",
-            "convert it, or put the section back that it lost",
-        )  # fmt: skip
-        return
+        return None, [
+            error(
+                "config.no-section",
+                SECTION,
+                "a section with quant_method: tensors are stored quantized",
+                "neither it nor hf_quant_config.json",
+                "vLLM takes the checkpoint for unquantized, and stops at the first scale",
+                "convert it, or put the section back that it lost",
+            )
+        ]
     section, file = found
     _refuse_large(section, file)
     name, method = _method(section, file)
     if method is None:
-        yield error(
-            "config.quant-method", f"{file}.quant_method", " or ".join(known()), as_json(name) if name else "absent",
-            "vLLM raises at a name it does not know; without one it takes the checkpoint for unquantized",
-            "set it to the method whose tensors are stored",
-        )  # fmt: skip
-        return
-    yield from method.check(section, file, server)
+        return None, [
+            error(
+                "config.quant-method",
+                f"{file}.quant_method",
+                " or ".join(known()),
+                as_json(name) if name else "absent",
+                "vLLM raises at a name it does not know; without one it takes the checkpoint for unquantized",
+                "set it to the method whose tensors are stored",
+            )
+        ]
+    findings = list(method.check(section, file, server))
     if (denied := _denied(section, file, name, stored)) is not None:
-        yield denied
-        return
-    read = method.read(section, file, server)
-    if name == "modelopt" and read is not None:
-        yield from _agreement(stored, read)
-
-
-def settings(stored: Stored, scope: Scope, server: Server) -> Settings | None:
-    """The settings in force, or None where no section can be read; `check` says so then.
-
-    Raises UnsupportedError for a method or number format that vLLM serves and ckptq does not know.
-    """
-    found = _section(stored, scope)
-    if found is None:
-        return None
-    section, file = found
-    name, method = _method(section, file)
-    return None if method is None or _denied(section, file, name, stored) else method.read(section, file, server)
+        return None, [*findings, denied]
+    settings = method.read(section, file, server)
+    if name == "modelopt" and settings is not None:
+        findings += _agreement(stored, settings)
+    return settings, findings
 
 
 def _refuse_unquantized(stored: Stored) -> None:
