@@ -34,6 +34,8 @@ ALLOWED: Mapping[str, set[str]] = {
     "vl-fp8-dynamic-relabeled": {FUSED_APART},
     "moe-fp8-dynamic-relabeled": {FUSED_APART},
     "moe-fp8-block-relabeled": {"layout.scale-dtype"},
+    "vl-quark-fp8-relabeled": {FUSED_APART},
+    "vl-quark-kept": {FUSED_APART},
     "vl-kept-o": {FUSED_APART},
     "vl-kept-qkv": {FUSED_APART},
     "vl-no-kv": {FUSED_APART},

@@ -29,7 +29,7 @@ KEPT = 6
 """How many states of an origin stay on this machine, the ones used last."""
 
 Family = Literal["vl", "moe"]
-Method = Literal["modelopt", "compressed-tensors", "fp8"]
+Method = Literal["modelopt", "compressed-tensors", "fp8", "quark"]
 Origin = Literal["source", "ckptq", "modelopt", "llm-compressor", "relabeled"]
 Cache = Literal["scales", "declared", "none"]
 
@@ -74,9 +74,13 @@ def _llm_compressor(name: str, source: str, format: str, *, kv: bool = False, fi
     return Base(name, family, "compressed-tensors", format, "llm-compressor", source, settings, "scales" if kv else "none")
 
 
-def _relabeled(name: str, source: str, format: str, **settings: Any) -> Base:
+def _relabeled(name: str, source: str, format: str, method: Method = "fp8", **settings: Any) -> Base:
     defaults = {"format": format, "ignored": "ignored_layers", "scales": None, "scale_dtype": "float32", "shards": 1}
-    return Base(name, _family(source), "fp8", format, "relabeled", source, {**defaults, **settings})
+    return Base(name, _family(source), method, format, "relabeled", source, {"method": method, **defaults, **settings})
+
+
+def _quark(name: str, format: str, scales: str) -> Base:
+    return _relabeled(name, "vl", format, "quark", ignored="exclude", scales=scales)
 
 
 def _family(source: str) -> Family:
@@ -110,6 +114,8 @@ _ALL = (
     _relabeled("vl-fp8-block-relabeled", "vl", "block"),
     _relabeled("moe-fp8-dynamic-relabeled", "moe-mixed", "dynamic", shards=2),
     _relabeled("moe-fp8-block-relabeled", "moe", "block", ignored="modules_to_not_convert", scale_dtype="bfloat16"),
+    _quark("vl-quark-fp8-relabeled", "static", "vl-modelopt-fp8kv-peer"),
+    _quark("vl-quark-channel-relabeled", "channel", "vl-modelopt-pcpt-peer"),
 )
 BASES: Mapping[str, Base] = {base.name: base for base in _ALL}
 

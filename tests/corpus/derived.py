@@ -36,6 +36,8 @@ SHORT: Mapping[str, str] = {
     "vl-fp8-block": "vl-fp8-block-relabeled",
     "moe-fp8-dynamic": "moe-fp8-dynamic-relabeled",
     "moe-fp8-block": "moe-fp8-block-relabeled",
+    "vl-quark": "vl-quark-fp8-relabeled",
+    "vl-quark-channel": "vl-quark-channel-relabeled",
 }
 """Names of good exports in the mutants' names -> in corpus/bases.py."""
 
@@ -63,6 +65,7 @@ DERIVED: Mapping[str, tuple[str, Edit]] = {
     ),
     "vl-ct-kept": ("vl-ct-dynamic", kept("vl-ct-dynamic", QKV0, *QKV0)),
     "vl-fp8-kept": ("vl-fp8-dynamic", kept("vl-fp8-dynamic", QKV0, *QKV0)),
+    "vl-quark-kept": ("vl-quark", kept("vl-quark", QKV0, *QKV0)),
     "moe-kept-o": ("moe-modelopt", kept("moe-modelopt", (O1,), O1)),
     "vl-one-config": ("vl-modelopt", config(lambda c: c.pop("quantization_config"))),
 }

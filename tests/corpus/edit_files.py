@@ -44,7 +44,7 @@ def ignoring(change: Callable[[list[str]], Iterable[str]]) -> Edit:
 
     def apply(folder: Path) -> None:
         def one(data: dict[str, Any]) -> None:
-            for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules"):
+            for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "exclude"):
                 if key in data:
                     data[key] = list(change(data[key]))
 

@@ -15,7 +15,7 @@ from typing import Literal
 from corpus.edit import Edit
 
 Needs = Literal["source", "record"]
-PARTS = ("tensors", "shapes", "values", "configs", "formats", "models", "excludes", "files", "moe")
+PARTS = ("tensors", "shapes", "values", "configs", "formats", "models", "excludes", "files", "moe", "quark")
 
 
 @dataclass(frozen=True, slots=True)
