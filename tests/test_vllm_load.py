@@ -371,12 +371,12 @@ LOADS: dict[str, tuple[str, Edit, Said]] = {
     "no scales for the FP8 cache": (
         DENSE,
         drop("*.k_scale", "*.v_scale"),
-        {("warning", "unwritten", "model.layers.{0,1}.self_attn.attn.k_scale, model.layers.{0,1}.self_attn.attn.v_scale")},
+        {("warning", "unwritten", "model.layers.{0,1}.self_attn.k_proj.k_scale, model.layers.{0,1}.self_attn.v_proj.v_scale")},
     ),
     "one scale missing for the FP8 cache": (
         DENSE,
         drop(f"{A}.v_proj.v_scale"),
-        {("error", "unwritten", f"{A}.attn.v_scale")},
+        {("error", "unwritten", f"{A}.v_proj.v_scale")},
     ),
     "scales on the tower": (DENSE, put({"visual.blocks.0.attn.k_proj.k_scale": torch.tensor(0.01)}), {("error", "failed", "")}),
     "a file missing": (SHARDED, without_a_file, {("error", "failed", "")}),

@@ -4,17 +4,17 @@
 
 It imports nothing of ckptq, and of its folder only the files that are named in `_beside`. Loading alone builds vLLM's config and
 model and runs its loader, without an engine: no KV cache, no scheduler. With --generate the whole `LLM` is made, watched in the
-same way, and answers two prompts, of text and of images. Written for vLLM 0.32.0; what it hooks into, by wrapping and never
-replacing: `BaseModelLoader.load_model` and `.create_model`, `DefaultModelLoader.load_weights` and `.get_all_weights`
-(model_executor/model_loader/). Exit code 71: no vLLM; 72: one that can't be imported; 73: one without these. Everything else, a
-refused checkpoint too, is in RESULT.json: empty from the start, so a process that dies leaves it empty, and what is no Python
-leaves none.
+same way, and answers two prompts, of text and of images. Written for vLLM 0.32.0, and runs with 0.26.0; what it hooks into, by
+wrapping and never replacing: `BaseModelLoader.load_model` and, where there is one, `.create_model`,
+`DefaultModelLoader.load_weights` and `.get_all_weights` (model_executor/model_loader/). Exit code 71: no vLLM; 72: one that
+can't be imported; 73: one without these. Everything else, a refused checkpoint too, is in RESULT.json: empty from the start, so a
+process that dies leaves it empty, and what is no Python leaves none.
 
 The trace, as JSON:
     version, platform, architecture, quantization, kv_cache_dtype
     stage       config, create, load, process, engine, generate or done: where it ended
     error       null, or {type, message, where, traceback}
-    seconds     {create, load, model: both and the post-processing, generate, all: everything but imports}
+    seconds     {create (of vLLM with `create_model`), load, model: both and the post-processing, generate, all: all but imports}
     kernels     {name of the kernel that vLLM chose for linears: how many}
     stand_ins   what this CPU build of vLLM lacks and was stood in for; see vllm_stand_ins.py
     problems    operations that the tracker could not follow; empty in every case that is known
@@ -149,17 +149,18 @@ def _watched(loaded: Loaded, stand_ins: bool) -> Iterator[None]:
 
     trace = loaded.trace
     tracker, parts = _beside("vllm_track").Tracker(), _beside("vllm_parts")
-    whole, create = BaseModelLoader.load_model, BaseModelLoader.create_model
+    whole = BaseModelLoader.load_model
+    create: Any = getattr(BaseModelLoader, "create_model", None)
     read, weights = DefaultModelLoader.load_weights, DefaultModelLoader.get_all_weights
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trace["stage"] = "create"
         with _timed(trace, "model"):
             model = whole(self, *args, **kwargs)
         trace.update(stage="engine", kernels=parts.kernels(model))
         return model
 
     def create_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        trace["stage"] = "create"
         with _timed(trace, "create"):
             return create(self, *args, **kwargs)
 
@@ -179,7 +180,9 @@ def _watched(loaded: Loaded, stand_ins: bool) -> Iterator[None]:
             parts.describe(trace, tracker, model)
         trace["stage"], loaded.partial = "process", model
 
-    BaseModelLoader.load_model, BaseModelLoader.create_model = load_model, create_model
+    BaseModelLoader.load_model = load_model
+    if create is not None:  # vLLM 0.26.0 has none: its load_model makes the model itself
+        BaseModelLoader.create_model = create_model
     DefaultModelLoader.load_weights, DefaultModelLoader.get_all_weights = load_weights, get_all_weights
     start = time.monotonic()
     try:
@@ -191,7 +194,9 @@ def _watched(loaded: Loaded, stand_ins: bool) -> Iterator[None]:
         loaded.model = None
     finally:
         trace["seconds"]["all"] = round(time.monotonic() - start, 3)
-        BaseModelLoader.load_model, BaseModelLoader.create_model = whole, create
+        BaseModelLoader.load_model = whole
+        if create is not None:
+            BaseModelLoader.create_model = create
         DefaultModelLoader.load_weights, DefaultModelLoader.get_all_weights = read, weights
 
 
@@ -267,7 +272,6 @@ def main(arguments: Sequence[str]) -> int:
 
         _ = (
             BaseModelLoader.load_model,
-            BaseModelLoader.create_model,
             DefaultModelLoader.load_weights,
             DefaultModelLoader.get_all_weights,
         )

@@ -247,8 +247,9 @@ def _kv_scales(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
     some = any(scales.values())
     for name, written in scales.items():
         if not written:
+            key = re.sub(r"\.attn\.([kv])_scale$", r".\1_proj.\1_scale", names.of(name, ""))  # as ModelOpt names it
             yield (error if some else warning)(
-                "server.unwritten", names.of(name, ""), "a scale for the FP8 KV cache",
+                "server.unwritten", key, "a scale for the FP8 KV cache",
                 "nothing, and others have one" if some else "nothing",
                 "the other one's or 1.0 is taken, or the server stops" if some else "1.0 is taken",
                 "store k_scale and v_scale for every layer",
