@@ -8,14 +8,14 @@ Goals for the fastest round: help under 0.3 s; dry run under 2 s and 150 MB. Exi
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from measure import ROOT, measure
+
+CKPTQ = [sys.executable, "-m", "ckptq"]
 
 
 def main() -> None:
@@ -28,22 +28,11 @@ def main() -> None:
         subprocess.run([sys.executable, ROOT / "tests/make_checkpoint.py", model, "--preset", "72b"], check=True, stdout=sys.stderr)
         plan = ["convert", "--recipe", "qwen25vl-lm-fp8", "--model", str(model), "--dry-run"]
         runs = {"ckptq --help": ["--help"], "dry run of 72B": plan}
-        results = {name: [measure(arguments) for _ in range(rounds)] for name, arguments in runs.items()}
+        results = {name: [measure([*CKPTQ, *arguments]) for _ in range(rounds)] for name, arguments in runs.items()}
     for name, found in results.items():
         print(f"{name}: {min(wall for wall, _ in found):.2f} s, {max(rss for _, rss in found) / 1e6:.0f} MB")
     (help_wall, _), (plan_wall, plan_rss) = (min(found) for found in results.values())
     sys.exit(0 if help_wall < 0.3 and plan_wall < 2 and plan_rss < 150e6 else 1)
-
-
-def measure(arguments: list[str]) -> tuple[float, int]:
-    """(wall seconds, peak RSS in bytes) of one run of the command. This process is small, so the child's peak is its own."""
-    start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", "ckptq", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    wall = time.perf_counter() - start
-    if status != 0:
-        raise SystemExit(f"{arguments} ended with {os.waitstatus_to_exitcode(status)}")
-    return wall, usage.ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from measure import ROOT, measure
+
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 SHAPE = {"hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8, "vocab": 32768, "vision_depth": 8, "vision_hidden": 640}
@@ -92,17 +92,6 @@ def layout(folder: Path, rounds: int) -> None:
 def peak(runs: list[tuple[float, int]]) -> float:
     """The largest of all rounds, in MB."""
     return max(rss for _, rss in runs) / 1e6
-
-
-def measure(command: list[str]) -> tuple[float, int]:
-    """(wall seconds, peak RSS in bytes) of one run. This process is small, so the child's peak is its own."""
-    start = time.perf_counter()
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    wall = time.perf_counter() - start
-    if status != 0:
-        raise SystemExit(f"{command[:4]} ended with {os.waitstatus_to_exitcode(status)}")
-    return wall, usage.ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -93,20 +93,6 @@ def serve(folder: Path | str, *, stand_ins: bool = True) -> Loaded:
     return loaded
 
 
-def effective(model: Any) -> Iterator[tuple[str, Any]]:
-    """What the server computes with: parameters and buffers after post-processing, and attention's scales, on the CPU, by name."""
-    import torch
-
-    found: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, module in model.named_modules():
-        for scale in ("_q_scale", "_k_scale", "_v_scale", "_prob_scale"):
-            value = getattr(module, scale, None)
-            if isinstance(value, torch.Tensor):
-                found[f"{name}.{scale}"] = value
-    for name in sorted(found):
-        yield name, found[name].detach().cpu()
-
-
 # --- the load, watched ---
 
 

@@ -144,6 +144,8 @@ def table(verdicts: Sequence[Verdict]) -> str:
     lines = [row("validator agrees with vLLM, where it is", lambda label: label)]
     lines += [row(fault, lambda label, fault=fault: agreed([fault], label)) for fault in faults]
     lines += [row(f"all: {len(faults)} classes, {len(verdicts)} mutants", lambda label: agreed(faults, label))]
+    needs = Counter(v.mutant.needs for v in verdicts if v.label != "harmless")
+    lines += [f"of those that do harm {needs['source']} need --source to be seen, {needs['record']} ckptq.json"]
     return "\n".join(lines)
 
 
@@ -166,6 +168,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ckptq-agreement-") as work:
         verdicts = judge(chosen, Path(work), server)
     print(table(verdicts))
+    usual = read_table()
+    same = sum(v.label == usual[v.mutant.name]["label"] for v in verdicts)
+    print(f"vLLM {server.version} did as {DEFAULT.version} with {same} of {len(verdicts)}")
     print(*(bad := disagreements(verdicts)), sep="\n")
     return 1 if bad else 0
 

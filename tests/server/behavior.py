@@ -94,13 +94,22 @@ def prepare() -> None:
 # --- what vLLM computes with ---
 
 
-def computed(model: Any, child: Any) -> tuple[Values, dict[str, str], dict[str, Any], dict[str, float]]:
+def effective(model: Any) -> Values:
+    """Parameters and buffers after post-processing, and attention's scales, on the CPU."""
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, module in model.named_modules():
+        scales = {f"{name}.{scale}": getattr(module, scale, None) for scale in ("_q_scale", "_k_scale", "_v_scale", "_prob_scale")}
+        found |= {key: value for key, value in scales.items() if isinstance(value, torch.Tensor)}
+    return {name: found[name].detach().cpu() for name in sorted(found)}
+
+
+def computed(model: Any) -> tuple[Values, dict[str, str], dict[str, Any], dict[str, float]]:
     """(float32 values, dtypes, settings of modules, smallest steps of quantized weights), each by name.
 
     A quantized weight is its codes times their scales.
     """
     shared = {name: p.detach().cpu() for name, p in model.named_parameters(remove_duplicate=False)}
-    stored = {**shared, **dict(child.effective(model))}
+    stored = {**shared, **effective(model)}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in stored.items()}
     values: Values = {}
     steps = {}
@@ -222,7 +231,7 @@ class Session:
 
     def load(self, folder: str) -> tuple[Any, dict[str, Any]]:
         loaded = self.child.load(folder)
-        found = None if loaded.model is None else computed(loaded.model, self.child)
+        found = None if loaded.model is None else computed(loaded.model)
         del loaded.model
         gc.collect()
         return found, loaded.trace
