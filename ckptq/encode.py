@@ -14,8 +14,8 @@ import torch
 from ckptq.checkpoint import FLOATS, Component, Reader, SourceTensor
 from ckptq.console import Advance
 from ckptq.errors import DataError
-from ckptq.numerics import fp8
-from ckptq.plan import Copy, Observer, Plan, Scale, ShardSpec
+from ckptq.numerics import Desk, find_numerics, fp8
+from ckptq.plan import Copy, Encode, Observer, Plan, Scale, ShardSpec
 from ckptq.tensors import TORCH_DTYPES, raw
 from ckptq.writer import TensorFile
 
@@ -67,15 +67,22 @@ def scan_weights(component: Component, reader: Reader, plan: Plan, advance: Adva
     return found
 
 
-def group_scale(amax: Mapping[Observer, float], observers: tuple[Observer, ...]) -> float:
-    """The scale of a fused group: that of its largest amax. Raises DataError for an observer that nothing reached."""
-    for observer in observers:
+def stored_value(scale: Scale, amax: Mapping[Observer, float]) -> float:
+    """What a Scale op stores: amax / limit, or its inverse. Raises DataError for an observer that nothing reached."""
+    for observer in scale.amax:
         if observer not in amax:
             raise DataError(
                 f"{observer.name}: no calibration sample reached {observer.module}",
                 hint="add samples that use it, or keep the module in the recipe",
             )
-    return fp8.scale(max(amax[o] for o in observers))
+    value = fp8.scale(max(amax[o] for o in scale.amax), scale.limit)
+    return float(1 / torch.tensor(value)) if scale.inverse else value
+
+
+def multiplier(scale: Scale, amax: Mapping[Observer, float]) -> float:
+    """What the server multiplies with: the stored number, or float32 1 / it."""
+    value = stored_value(scale, amax)
+    return float(1 / torch.tensor(value)) if scale.inverse else value
 
 
 def write_shard(
@@ -83,24 +90,38 @@ def write_shard(
 ) -> dict[str, str]:
     """One output file, complete and on the disk when this returns. Returns its tensors' digests, by name."""
     chunks = Chunks(reader)
-    scratch = torch.empty(CHUNK, dtype=torch.float32)
-    codes = torch.empty(CHUNK, dtype=torch.float8_e4m3fn)
-    bytes_of_codes = raw(codes)
-    with TensorFile(folder / shard.file, [op.output for op in shard.ops], shard.offsets, digests=True) as file:
+    desk = Desk()
+    with TensorFile(folder / shard.file, [s for op in shard.ops for s in op.outputs], shard.offsets, digests=True) as file:
         for op in shard.ops:
-            name = op.output.name
             if isinstance(op, Scale):
-                value = torch.tensor([group_scale(amax, op.amax)], dtype=torch.float32)
-                file.write(name, 0, raw(value))
+                file.write(op.output.name, 0, raw(torch.tensor([stored_value(op, amax)], dtype=torch.float32)))
                 continue
             source = component.tensors[op.source]
-            for start, data in chunks.read(source):
-                if isinstance(op, Copy):
-                    file.write(name, start, raw(data))
-                else:
-                    values = data.view(TORCH_DTYPES[source.spec.dtype])
-                    n = values.numel()
-                    fp8.encode(values, group_scale(amax, op.amax), scratch[:n], codes[:n])
-                    file.write(name, start // values.element_size(), bytes_of_codes[:n])
+            if isinstance(op, Copy):
+                for start, data in chunks.read(source):
+                    file.write(op.output.name, start, raw(data))
+            else:
+                _encode(op, source, reader, amax, file, desk)
             advance(source.spec.nbytes)
         return file.finish()
+
+
+def _encode(op: Encode, source: SourceTensor, reader: Reader, amax: Mapping[Observer, float], file: TensorFile, desk: Desk) -> None:
+    n, k = source.spec.shape
+    rows = op.scheme.rows or 1
+    band = max(rows, CHUNK // k // rows * rows)
+    numerics = find_numerics(op.scheme)
+    whole = multiplier(op.whole, amax) if op.whole else None
+    size = source.spec.nbytes // (n * k)
+    buffer = torch.empty(band * k * size, dtype=torch.uint8)
+    for top in range(0, n, band):
+        count = min(band, n - top)
+        piece = buffer[: count * k * size]
+        reader.read_into(source, top * k * size, raw(piece))
+        codes = torch.empty(op.scheme.codes_spec("", (count, k)).shape, dtype=TORCH_DTYPES[op.codes.dtype])
+        shape = op.scheme.scale_shape((count, k))
+        scales = torch.empty(shape, dtype=TORCH_DTYPES[op.local.dtype]) if op.local else None
+        numerics.encode(piece.view(TORCH_DTYPES[source.spec.dtype]).view(count, k), op.scheme, whole, codes, scales, desk)
+        file.write(op.codes.name, top * k // op.scheme.packed * codes.element_size(), raw(codes))
+        if op.local and scales is not None:
+            file.write(op.local.name, top // rows * shape[1] * scales.element_size(), raw(scales))

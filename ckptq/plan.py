@@ -8,23 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from ckptq.checkpoint import TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """A number format and how its scales are had. `granularity` is that of the weight; `activation` that of the input."""
-
-    name: str
-    weight: Literal["F8_E4M3"]
-    granularity: Literal["tensor"]
-    activation: Literal["static"]
-
-
-SCHEMES: Mapping[str, Scheme] = MappingProxyType({"fp8": Scheme("fp8", "F8_E4M3", "tensor", "static")})
+from ckptq.schemes import Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +34,42 @@ class Copy:
     source: str
     output: TensorSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Encode:
-    """The weight in codes of `scheme`, under the one scale that the largest of `amax` gives."""
-
-    source: str
-    scheme: Scheme
-    amax: tuple[Observer, ...]
-    output: TensorSpec
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.output,)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """One float32 scale, F32 []: the largest of `amax`, divided by the largest finite code."""
+    """One float32 scale, F32 [] or [1]: the largest of `amax`, divided by `limit`. `inverse` stores limit / amax instead."""
 
     amax: tuple[Observer, ...]
+    limit: float
     output: TensorSpec
+    inverse: bool = False
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.output,)
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """The weight in codes of `scheme`.
+
+    whole   the scale of the whole tensor, which a Scale op stores; None where the scheme has none
+    local   the scales of channels, blocks or groups, taken from the weight as it is encoded; None where the scheme has none
+    """
+
+    source: str
+    scheme: Scheme
+    codes: TensorSpec
+    whole: Scale | None = None
+    local: TensorSpec | None = None
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.codes,) if self.local is None else (self.codes, self.local)
 
 
 Op = Copy | Encode | Scale
@@ -109,7 +115,7 @@ class Plan:
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
-        return {op.output.name: op.output for op in self.ops}
+        return {spec.name: spec for op in self.ops for spec in op.outputs}
 
     @property
     def nbytes(self) -> int:
@@ -141,16 +147,35 @@ class QuantizedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What an exporter needs for the configuration files: who is quantized, which parts stay, and what the KV cache is."""
+    """What an exporter needs for the configuration files.
+
+    groups        who is quantized
+    kept_parts    roots that stay: towers, output head, embeddings
+    kept_linears  linears of the language model's layers that stay
+    kept_outside  linears outside the layers, one by one: of the towers, and the output head
+    kv_cache      what the KV cache is, None for the model's dtype
+    """
 
     groups: tuple[QuantizedGroup, ...]
     kept_parts: tuple[str, ...]
     kept_linears: tuple[str, ...]
+    kept_outside: tuple[str, ...]
     kv_cache: str | None
+
+    @property
+    def schemes(self) -> dict[str, tuple[str, ...]]:
+        """{scheme: its modules}, in the order of the layers."""
+        found: dict[str, tuple[str, ...]] = {}
+        for group in self.groups:
+            found[group.scheme.name] = (*found.get(group.scheme.name, ()), *group.modules)
+        return found
 
 
 class Exporter(Protocol):
     """An on-disk format: a module in ckptq/exporters with these functions, found by its file name."""
+
+    def check(self, layout: Layout) -> None:
+        """Raises RecipeError, with the reason, for schemes or a KV cache that the format has no form for."""
 
     def linear_ops(self, module: str, weight: TensorSpec, group: QuantizedGroup) -> tuple[Op, ...]:
         """The tensors that take the place of `<module>.weight`."""

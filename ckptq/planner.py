@@ -13,20 +13,9 @@ from typing import Any
 from ckptq.checkpoint import FLOATS, INDEX, SINGLE, Component, SourceTensor
 from ckptq.errors import RecipeError, SourceError, UnsupportedError
 from ckptq.mistakes import close
-from ckptq.plan import (
-    SCHEMES,
-    Copy,
-    Decision,
-    Exporter,
-    Layout,
-    Observer,
-    Op,
-    Plan,
-    QuantizedGroup,
-    ShardSpec,
-    module_of,
-)  # fmt: skip
+from ckptq.plan import Copy, Decision, Exporter, Layout, Observer, Op, Plan, QuantizedGroup, Scale, ShardSpec, module_of
 from ckptq.recipe import Recipe
+from ckptq.schemes import SCHEMES
 from ckptq.scopes import Scope
 
 
@@ -47,7 +36,15 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
     groups = tuple(_groups(scope, linears, action, decisions))
     if not groups:
         raise RecipeError("the recipe quantizes nothing: every linear that a rule matches is also in keep")
-    layout = Layout(groups, _kept_parts(component, scope), tuple(m for m in linears if action[m] == "keep"), recipe.kv_cache)
+    layout = Layout(
+        groups,
+        _kept_parts(component, scope),
+        tuple(m for m in linears if action[m] == "keep"),
+        tuple(d.module for d in decisions if d.module not in linears and _is_other_linear(d.module, scope)),
+        recipe.kv_cache,
+    )
+    exporter.check(layout)
+    _refuse_sizes(groups, component)
     kv = _kv_observers(scope, linears, layers) if recipe.kv_cache else {}
     shards = tuple(_shard(_units(component, groups, kv, exporter), recipe.export.shard_size))
     section = exporter.quantization_config(layout)
@@ -55,7 +52,7 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
     files |= {name: json.dumps(body, indent=4) + "\n" for name, body in exporter.extra_files(layout).items()}
     if len(shards) > 1:
         files[INDEX] = _index(shards)
-    observers = tuple(dict.fromkeys(o for shard in shards for op in shard.ops if not isinstance(op, Copy) for o in op.amax))
+    observers = tuple(dict.fromkeys(o for shard in shards for op in shard.ops if isinstance(op, Scale) for o in op.amax))
     plan = Plan(
         digest="",
         shards=shards,
@@ -206,6 +203,24 @@ def _groups(
                 yield QuantizedGroup(layer, shards, SCHEMES[action[shards[0]]])
 
 
+def _refuse_sizes(groups: Sequence[QuantizedGroup], component: Component) -> None:
+    """Raises RecipeError for a weight that the scheme's blocks or groups do not fit.
+
+    vLLM 0.32.0: group sizes divide k (modelopt.py KNvfp4Static, KMxfp8Static; FP8_PB_WO wants whole blocks, too); of a fused
+    linear in blocks every shard but the last must end with a block (utils/fp8_utils.py validate_fp8_block_shape).
+    """
+    for group in groups:
+        rows, columns = group.scheme.rows or 1, group.scheme.columns or 1
+        for module in group.modules:
+            n, k = component.tensors[f"{module}.weight"].spec.shape
+            wanted = f"columns in multiples of {columns}" if k % columns else f"rows in multiples of {rows} before the last shard"
+            if k % columns or (n % rows and module != group.modules[-1]):
+                raise RecipeError(
+                    f"{module}: scheme {group.scheme.name} needs {wanted}, the weight is [{n}, {k}]",
+                    hint="keep the module, or choose another scheme for it",
+                )
+
+
 def _kept_parts(component: Component, scope: Scope) -> tuple[str, ...]:
     """The roots that stay, as this source spells them: `lm_head`, `model.embed_tokens`, `visual`."""
     roots = [*scope.kept]
@@ -264,7 +279,7 @@ def _shard(units: Sequence[tuple[Op, ...]], limit: int) -> Iterator[ShardSpec]:
     files: list[list[Op]] = [[]]
     size = 0
     for unit in units:
-        nbytes = sum(op.output.nbytes for op in unit)
+        nbytes = sum(spec.nbytes for op in unit for spec in op.outputs)
         if files[-1] and size + nbytes > limit:
             files.append([])
             size = 0
@@ -277,7 +292,7 @@ def _shard(units: Sequence[tuple[Op, ...]], limit: int) -> Iterator[ShardSpec]:
 
 def _lay_out(file: str, ops: Sequence[Op]) -> ShardSpec:
     """Wide dtypes first, so that every tensor is aligned to its own size whatever stands before it."""
-    specs = sorted((op.output for op in ops), key=lambda s: -(s.nbytes // s.numel if s.numel else 1))
+    specs = sorted((spec for op in ops for spec in op.outputs), key=lambda s: -(s.nbytes // s.numel if s.numel else 1))
     offsets, at = {}, 0
     for spec in specs:
         if spec.name in offsets:
@@ -288,7 +303,7 @@ def _lay_out(file: str, ops: Sequence[Op]) -> ShardSpec:
 
 
 def _index(shards: Sequence[ShardSpec]) -> str:
-    weight_map = {op.output.name: shard.file for shard in shards for op in shard.ops}
+    weight_map = {spec.name: shard.file for shard in shards for op in shard.ops for spec in op.outputs}
     total = sum(shard.data_bytes for shard in shards)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 

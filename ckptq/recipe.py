@@ -67,7 +67,7 @@ class Rule(Section):
     """Which modules get which scheme. The first rule that matches a module decides; `keep` comes before all rules."""
 
     modules: Patterns
-    scheme: Literal["fp8"]
+    scheme: Literal["fp8", "fp8-tensor", "fp8-dynamic", "fp8-block", "int8", "nvfp4", "nvfp4a16", "mxfp8", "mxfp4"]
 
 
 class _Calibration(Section):
@@ -109,7 +109,7 @@ _SOURCES: Mapping[str, type[Section]] = {"coco": CocoCalibration, "text": TextCa
 class Export(Section):
     """How the output is stored."""
 
-    format: Literal["modelopt"] = "modelopt"
+    format: Literal["modelopt", "compressed-tensors", "fp8"] = "modelopt"
     shard_size: Size = 5 * 10**9
 
 

@@ -1,0 +1,75 @@
+"""vLLM's own format, `quant_method: fp8`: per tensor with static or dynamic activations, or in blocks of 128 x 128.
+
+Tensors: vLLM 0.32.0 model_executor/layers/quantization/fp8.py Fp8LinearMethod; n and k are the rows and columns of a weight.
+
+    scheme       <linear>.weight    scale                                       further
+    fp8          F8_E4M3 [n, k]     .weight_scale F32 []                        .input_scale F32 []
+    fp8-tensor   F8_E4M3 [n, k]     .weight_scale F32 []
+    fp8-block    F8_E4M3 [n, k]     .weight_scale_inv F32 [n / 128, k / 128]
+
+Every scale multiplies, the one called `inv` too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptq.checkpoint import TensorSpec
+from ckptq.errors import RecipeError
+from ckptq.plan import Encode, Layout, Observer, Op, QuantizedGroup, Scale
+
+SCHEMES = ("fp8", "fp8-tensor", "fp8-block")
+_HINT = "choose another export.format: `ckptq recipes --schemes` shows what goes together"
+
+
+def check(layout: Layout) -> None:
+    """Raises RecipeError for a scheme that the format has no form for, for more than one, and for an FP8 KV cache."""
+    if other := [name for name in layout.schemes if name not in SCHEMES]:
+        raise RecipeError(f"scheme {other[0]}: the format fp8 has none like it; it has {', '.join(SCHEMES)}", hint=_HINT)
+    if len(layout.schemes) > 1:
+        raise RecipeError(
+            f"schemes {', '.join(layout.schemes)}: quant_method fp8 has one activation_scheme and one block size for all linears",
+            hint="give all of them one scheme, or " + _HINT,
+        )
+    if layout.kv_cache:
+        raise RecipeError(
+            "kv_cache: quant_method fp8 can't declare an FP8 KV cache in config.json: the server would leave the scales unused",
+            hint="remove kv_cache, or " + _HINT,
+        )
+
+
+def linear_ops(module: str, weight: TensorSpec, group: QuantizedGroup) -> tuple[Op, ...]:
+    """The tensors of the table above."""
+    scheme = group.scheme
+    codes = scheme.codes_spec(weight.name, weight.shape)
+    if scheme.limit is None:
+        local = TensorSpec(f"{module}.weight_scale_inv", "F32", scheme.scale_shape(weight.shape))
+        return (Encode(weight.name, scheme, codes, None, local),)
+    whole = Scale(group.weight_amax, scheme.limit, TensorSpec(f"{module}.weight_scale", "F32", ()))
+    ops: tuple[Op, ...] = (Encode(weight.name, scheme, codes, whole), whole)
+    if scheme.activation == "static":
+        ops += (Scale(group.input_amax, scheme.limit, TensorSpec(f"{module}.input_scale", "F32", ())),)
+    return ops
+
+
+def kv_ops(k: Observer, v: Observer) -> tuple[Op, ...]:
+    """None: `check` refuses them."""
+    return ()
+
+
+def quantization_config(layout: Layout) -> dict[str, Any]:
+    """config.json's section.
+
+    vLLM 0.32.0 fp8.py Fp8Config.from_config reads ignored_layers, and where that is absent modules_to_not_convert, which is
+    transformers' word. Names count whole: no glob, no parent.
+    """
+    (name,) = layout.schemes
+    section: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "static" if name == "fp8" else "dynamic"}
+    if name == "fp8-block":
+        section["weight_block_size"] = [128, 128]
+    return {**section, "modules_to_not_convert": sorted({*layout.kept_outside, *layout.kept_linears})}
+
+
+def extra_files(layout: Layout) -> dict[str, dict[str, Any]]:
+    """None: config.json says it all."""
+    return {}
