@@ -207,6 +207,7 @@ def inspect(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
+    schemes: Annotated[bool, typer.Option("--schemes", help="List the schemes, and which formats have them.")] = False,
     format: FormatOption = "human",
 ) -> None:
     """List the shipped recipes, or print one."""
@@ -217,6 +218,10 @@ def recipes(
     from ckptq.recipe import shipped
 
     console = Console(format)
+    if schemes:
+        data = render.schemes_data()
+        console.result(data, lambda: render.show_schemes(console, data))
+        return
     known = shipped()
     if name is None:
         data = render.recipes_data(known)

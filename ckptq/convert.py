@@ -51,6 +51,7 @@ class Report:
     """What a finished run did. Sizes are in bytes, times in seconds."""
 
     output: Path
+    format: str
     source_bytes: int
     output_bytes: int
     seconds: dict[str, float]
@@ -278,6 +279,7 @@ def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console:
         kinds[spec.dtype] = kinds.get(spec.dtype, 0) + 1
     return Report(
         output=output,
+        format=job.recipe.export.format,
         source_bytes=job.inventory.main.nbytes,
         output_bytes=job.plan.nbytes,
         seconds=dict(console.seconds),

@@ -172,10 +172,17 @@ class Layout:
 
 
 class Exporter(Protocol):
-    """An on-disk format: a module in ckptq/exporters with these functions, found by its file name."""
+    """An on-disk format: a module in ckptq/exporters with these functions, found by its file name.
+
+    SCHEMES  {scheme: the format's own word for it}, of all that the format has a form for
+    READERS  who reads the format, for the report
+    """
+
+    SCHEMES: Mapping[str, str]
+    READERS: str
 
     def check(self, layout: Layout) -> None:
-        """Raises RecipeError, with the reason, for schemes or a KV cache that the format has no form for."""
+        """Raises RecipeError, with the reason, for schemes together or a KV cache that the format has no form for."""
 
     def linear_ops(self, module: str, weight: TensorSpec, group: QuantizedGroup) -> tuple[Op, ...]:
         """The tensors that take the place of `<module>.weight`."""

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ckptq.checkpoint import FLOATS, INDEX, SINGLE, Component, SourceTensor
+from ckptq.checkpoint import FLOATS, INDEX, Component, SourceTensor
 from ckptq.errors import RecipeError, SourceError, UnsupportedError
 from ckptq.mistakes import close
-from ckptq.plan import Copy, Decision, Exporter, Layout, Observer, Op, Plan, QuantizedGroup, Scale, ShardSpec, module_of
+from ckptq.plan import Copy, Decision, Exporter, Layout, Observer, Op, Plan, QuantizedGroup, Scale, module_of
 from ckptq.recipe import Recipe
 from ckptq.schemes import SCHEMES
 from ckptq.scopes import Scope
+from ckptq.shards import fill_files, index_text
 
 
 def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exporter) -> Plan:
@@ -43,15 +44,15 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
         tuple(d.module for d in decisions if d.module not in linears and _is_other_linear(d.module, scope)),
         recipe.kv_cache,
     )
-    exporter.check(layout)
+    _refuse_schemes(layout, recipe.export.format, exporter)
     _refuse_sizes(groups, component)
     kv = _kv_observers(scope, linears, layers) if recipe.kv_cache else {}
-    shards = tuple(_shard(_units(component, groups, kv, exporter), recipe.export.shard_size))
+    shards = tuple(fill_files(_units(component, groups, kv, exporter), recipe.export.shard_size))
     section = exporter.quantization_config(layout)
     files = {"config.json": insert_section(component.config_text, "quantization_config", section)}
     files |= {name: json.dumps(body, indent=4) + "\n" for name, body in exporter.extra_files(layout).items()}
     if len(shards) > 1:
-        files[INDEX] = _index(shards)
+        files[INDEX] = index_text(shards)
     observers = tuple(dict.fromkeys(o for shard in shards for op in shard.ops if isinstance(op, Scale) for o in op.amax))
     plan = Plan(
         digest="",
@@ -203,6 +204,16 @@ def _groups(
                 yield QuantizedGroup(layer, shards, SCHEMES[action[shards[0]]])
 
 
+def _refuse_schemes(layout: Layout, name: str, exporter: Exporter) -> None:
+    """Raises RecipeError for what the format has no form for."""
+    if other := [scheme for scheme in layout.schemes if scheme not in exporter.SCHEMES]:
+        raise RecipeError(
+            f"scheme {other[0]}: the format {name} has none like it; it has {', '.join(exporter.SCHEMES)}",
+            hint="choose one of those, or another export.format: `ckptq recipes --schemes` shows what goes together",
+        )
+    exporter.check(layout)
+
+
 def _refuse_sizes(groups: Sequence[QuantizedGroup], component: Component) -> None:
     """Raises RecipeError for a weight that the scheme's blocks or groups do not fit.
 
@@ -272,40 +283,6 @@ def _tensor_ops(tensor: SourceTensor, group: QuantizedGroup | None, exporter: Ex
     if group is None:
         return (Copy(tensor.spec.name, tensor.spec),)
     return exporter.linear_ops(module_of(tensor.spec.name), tensor.spec, group)
-
-
-def _shard(units: Sequence[tuple[Op, ...]], limit: int) -> Iterator[ShardSpec]:
-    """Fills files in order up to `limit` data bytes; a unit larger than that gets a file of its own."""
-    files: list[list[Op]] = [[]]
-    size = 0
-    for unit in units:
-        nbytes = sum(spec.nbytes for op in unit for spec in op.outputs)
-        if files[-1] and size + nbytes > limit:
-            files.append([])
-            size = 0
-        files[-1] += unit
-        size += nbytes
-    for i, ops in enumerate(files, 1):
-        file = SINGLE if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
-        yield _lay_out(file, ops)
-
-
-def _lay_out(file: str, ops: Sequence[Op]) -> ShardSpec:
-    """Wide dtypes first, so that every tensor is aligned to its own size whatever stands before it."""
-    specs = sorted((spec for op in ops for spec in op.outputs), key=lambda s: -(s.nbytes // s.numel if s.numel else 1))
-    offsets, at = {}, 0
-    for spec in specs:
-        if spec.name in offsets:
-            raise AssertionError(f"{spec.name} is planned twice")
-        offsets[spec.name] = at
-        at += spec.nbytes
-    return ShardSpec(file, tuple(ops), MappingProxyType(offsets), at)
-
-
-def _index(shards: Sequence[ShardSpec]) -> str:
-    weight_map = {spec.name: shard.file for shard in shards for op in shard.ops for spec in op.outputs}
-    total = sum(shard.data_bytes for shard in shards)
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 
 def insert_section(text: str, key: str, section: Mapping[str, Any]) -> str:

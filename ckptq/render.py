@@ -14,11 +14,13 @@ from ckptq.console import Console, duration, number_runs, size
 from ckptq.convert import Prepared, Report
 from ckptq.cost import RATES
 from ckptq.errors import CkptqError, UnsupportedError
+from ckptq.exporters import all_formats, find_exporter
 from ckptq.plan import Decision, module_of
 from ckptq.planner import decide
 from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
 from ckptq.reports import verdict
 from ckptq.reports.human import show_findings
+from ckptq.schemes import SCHEMES
 from ckptq.scopes import Scope, find_scope
 
 
@@ -97,7 +99,7 @@ def show_report(console: Console, report: Report) -> None:
         ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items()) or "-"),
         ("peak memory", size(report.peak_rss) + (f", {size(report.peak_gpu)} on the GPU" if report.peak_gpu else "")),
         ("verdict", verdict(report.findings)),
-        ("note", "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"),
+        ("note", find_exporter(report.format).READERS),
     ]
     console.table("Done", ("", ""), rows)
     console.show(f"serve it: {_serve(report.output)}")  # a line of its own: a table would fold a long path
@@ -187,6 +189,22 @@ def show_inspect(console: Console, data: Mapping[str, Any]) -> None:
         console.show(f"{', '.join(names)}: {error}")
     if data["files_left_out"]:
         console.show("left out of an output: " + ", ".join(data["files_left_out"]))
+
+
+def schemes_data() -> dict[str, dict[str, Any]]:
+    """{scheme: title and, by format, the format's own word for it}."""
+    words = {name: find_exporter(name).SCHEMES for name in all_formats()}
+    return {
+        name: {"title": scheme.title, "formats": {form: known[name] for form, known in words.items() if name in known}}
+        for name, scheme in SCHEMES.items()
+    }
+
+
+def show_schemes(console: Console, data: Mapping[str, Any]) -> None:
+    """`recipes --schemes` for people."""
+    rows = [(name, scheme["title"], *(scheme["formats"].get(form, "-") for form in all_formats())) for name, scheme in data.items()]
+    console.table("", ("scheme", "one scale for", *all_formats()), rows)
+    console.show("A recipe's `scheme` is one of the rows, its `export.format` one of the columns; - is refused.")
 
 
 def recipes_data(known: Mapping[str, str]) -> dict[str, Any]:

@@ -88,3 +88,8 @@ _ALL = (
 )
 # fmt: on
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _ALL})
+
+
+def find_scheme(name: str) -> Scheme:
+    """The scheme of that name, which a recipe has named."""
+    return SCHEMES[name]

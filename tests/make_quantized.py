@@ -50,8 +50,8 @@ def make_quantized(source: Path, folder: Path, *settings: str, sparse: bool = Fa
 def write_hole(path: Path, shard: ShardSpec) -> None:
     """A weight file of which the header alone takes room on the disk. It reads as zeros."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for op in shard.ops:
-        begin, spec = shard.offsets[op.output.name], op.output
+    for spec in (spec for op in shard.ops for spec in op.outputs):
+        begin = shard.offsets[spec.name]
         header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, begin + spec.nbytes]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
@@ -66,13 +66,15 @@ def _fill(folder: Path, plan: Plan) -> dict[str, Mapping[str, str]]:
     blocks["F32"] = np.full(BLOCK // 4, 2e-4, np.float32).view(np.uint8)
     found: dict[str, str] = {}
     for shard in plan.shards:
-        with TensorFile(folder / shard.file, [op.output for op in shard.ops], shard.offsets, digests=True) as file:
-            for op in shard.ops:
-                block, size = blocks[op.output.dtype], op.output.nbytes
-                first = np.full(int(op.output.dtype == "F8_E4M3"), 0x7E, np.uint8)
-                file.write(op.output.name, 0, memoryview(first))
+        with TensorFile(
+            folder / shard.file, [spec for op in shard.ops for spec in op.outputs], shard.offsets, digests=True
+        ) as file:
+            for spec in (spec for op in shard.ops for spec in op.outputs):
+                block, size = blocks[spec.dtype], spec.nbytes
+                first = np.full(int(spec.dtype == "F8_E4M3"), 0x7E, np.uint8)
+                file.write(spec.name, 0, memoryview(first))
                 for at in range(len(first), size, len(block)):
-                    file.write(op.output.name, at, memoryview(block[: min(len(block), size - at)]))
+                    file.write(spec.name, at, memoryview(block[: min(len(block), size - at)]))
             found |= file.finish()
     files = digest.recorded([*plan.sidecars, *plan.files])
     return {"tensors": found, "files": digest.of_files(folder, files)}

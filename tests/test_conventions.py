@@ -11,8 +11,10 @@ import pytest
 
 import ckptq.exporters
 import ckptq.scopes
-from ckptq.plan import SCHEMES, Exporter
+from ckptq.numerics import Numerics, find_numerics
+from ckptq.plan import Exporter
 from ckptq.recipe import Export, Rule, load_recipe, shipped
+from ckptq.schemes import SCHEMES, Scheme
 from ckptq.scopes import Scope, all_scopes
 
 PACKAGE = Path(__file__).parent.parent / "ckptq"
@@ -47,7 +49,18 @@ def test_an_architecture_has_one_scope() -> None:
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_an_exporter_has_the_functions_of_the_protocol(name: str) -> None:
     module = importlib.import_module(f"ckptq.exporters.{name}")
-    for wanted in (member for key, member in vars(Exporter).items() if inspect.isfunction(member) and not key.startswith("_")):
+    assert_functions(module, Exporter)
+    assert set(module.SCHEMES) <= set(SCHEMES)
+    assert module.READERS
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
+def test_the_numerics_of_a_scheme_have_the_functions_of_the_protocol(scheme: Scheme) -> None:
+    assert_functions(find_numerics(scheme), Numerics)
+
+
+def assert_functions(module: object, protocol: type) -> None:
+    for wanted in (member for key, member in vars(protocol).items() if inspect.isfunction(member) and not key.startswith("_")):
         signature = inspect.signature(wanted)
         expected = signature.replace(parameters=list(signature.parameters.values())[1:])
         assert inspect.signature(getattr(module, wanted.__name__)) == expected

@@ -6,7 +6,8 @@ from ckptq import __version__
 from ckptq.checkpoint import TensorSpec
 from ckptq.exporters import find_exporter
 from ckptq.exporters.modelopt import exclude_modules, extra_files, kv_ops, linear_ops, quantization_config
-from ckptq.plan import SCHEMES, Encode, Layout, Observer, QuantizedGroup, Scale
+from ckptq.plan import Encode, Layout, Observer, QuantizedGroup, Scale
+from ckptq.schemes import SCHEMES
 
 QKV = tuple(f"model.layers.7.self_attn.{n}_proj" for n in "qkv")
 GROUP = QuantizedGroup(7, QKV, SCHEMES["fp8"])

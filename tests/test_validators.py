@@ -52,16 +52,16 @@ def make(source: Path, target: Path, *settings_: str) -> Path:
     for shard in plan.shards:
         tensors: Tensors = {}
         for op in shard.ops:
-            name = op.output.name
             if isinstance(op, Copy):
-                tensors[name] = weights[op.source].clone()
+                tensors[op.output.name] = weights[op.source].clone()
                 continue
-            amax = max(weights[f"{o.module}.weight"].abs().max().float() for o in op.amax)
+            observers = op.whole.amax if isinstance(op, Encode) and op.whole else op.amax
+            amax = max(weights[f"{o.module}.weight"].abs().max().float() for o in observers)
             if isinstance(op, Encode):
-                tensors[name] = (weights[op.source].float() / (amax / 448)).to(torch.float8_e4m3fn)
+                tensors[op.codes.name] = (weights[op.source].float() / (amax / 448)).to(torch.float8_e4m3fn)
             else:
                 made_up = {"weight": amax, "input": torch.tensor(9.0), "k": torch.tensor(12.0), "v": torch.tensor(3.0)}
-                tensors[name] = made_up[op.amax[0].kind] / 448
+                tensors[op.output.name] = made_up[op.amax[0].kind] / 448
         save_file(tensors, target / shard.file, metadata={"format": "pt"})
     for name, text in plan.files.items():
         (target / name).write_text(text, encoding="utf-8")

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import cast
 
 from ckptq.plan import Exporter
+
+
+def all_formats() -> tuple[str, ...]:
+    """The formats, as recipes name them."""
+    return tuple(sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__)))
 
 
 def find_exporter(name: str) -> Exporter:

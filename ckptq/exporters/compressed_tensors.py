@@ -25,11 +25,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ckptq.checkpoint import TensorSpec
-from ckptq.errors import RecipeError
 from ckptq.plan import Encode, Layout, Observer, Op, QuantizedGroup, Scale, module_of
-from ckptq.schemes import SCHEMES, Scheme
+from ckptq.schemes import Scheme, find_scheme
 
-FORMATS: Mapping[str, str] = MappingProxyType(
+SCHEMES: Mapping[str, str] = MappingProxyType(
     {
         "fp8": "float-quantized",
         "fp8-dynamic": "float-quantized",
@@ -41,18 +40,15 @@ FORMATS: Mapping[str, str] = MappingProxyType(
         "mxfp4": "mxfp4-pack-quantized",
     }
 )
+"""The format's word for how codes are packed, by scheme."""
+READERS = "vLLM reads this format; nothing else was tried"
 MIXED = "mixed-precision"
 VERSION = "0.17.0"
 """Of compressed-tensors, as vLLM 0.32.0 requires it: the version in which these words were read."""
 
 
 def check(layout: Layout) -> None:
-    """Raises RecipeError for a scheme that the format has no words for."""
-    if other := [name for name in layout.schemes if name not in FORMATS]:
-        raise RecipeError(
-            f"scheme {other[0]}: compressed-tensors has none like it in ckptq; it has {', '.join(FORMATS)}",
-            hint="choose one of those, or another export.format: `ckptq recipes --schemes` shows what goes together",
-        )
+    """Nothing to refuse: schemes may be mixed, and each goes with an FP8 KV cache."""
 
 
 def linear_ops(module: str, weight: TensorSpec, group: QuantizedGroup) -> tuple[Op, ...]:
@@ -84,9 +80,9 @@ def kv_ops(k: Observer, v: Observer) -> tuple[Op, ...]:
 def quantization_config(layout: Layout) -> dict[str, Any]:
     """config.json's section, as compressed-tensors 0.17 QuantizationConfig has it."""
     schemes = layout.schemes
-    formats = {FORMATS[name] for name in schemes}
+    formats = {SCHEMES[name] for name in schemes}
     groups = {
-        f"group_{i}": _group(SCHEMES[name], ["Linear"] if len(schemes) == 1 else list(modules))
+        f"group_{i}": _group(find_scheme(name), ["Linear"] if len(schemes) == 1 else list(modules))
         for i, (name, modules) in enumerate(schemes.items())
     }
     kv = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
@@ -120,8 +116,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     else:
         weights = inputs = {**numbers, "strategy": "tensor", "dynamic": False}
     if scheme.activation == "none":
-        return {"format": FORMATS[scheme.name], "input_activations": None, "targets": targets, "weights": weights}
-    return {"format": FORMATS[scheme.name], "input_activations": inputs, "targets": targets, "weights": weights}
+        return {"format": SCHEMES[scheme.name], "input_activations": None, "targets": targets, "weights": weights}
+    return {"format": SCHEMES[scheme.name], "input_activations": inputs, "targets": targets, "weights": weights}
 
 
 def extra_files(layout: Layout) -> dict[str, dict[str, Any]]:

@@ -12,20 +12,22 @@ Every scale multiplies, the one called `inv` too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ckptq.checkpoint import TensorSpec
 from ckptq.errors import RecipeError
 from ckptq.plan import Encode, Layout, Observer, Op, QuantizedGroup, Scale
 
-SCHEMES = ("fp8", "fp8-tensor", "fp8-block")
+SCHEMES: Mapping[str, str] = MappingProxyType({"fp8": "static", "fp8-tensor": "dynamic", "fp8-block": "weight_block_size"})
+"""What says so in config.json, by scheme."""
+READERS = "vLLM reads this format; nothing else was tried"
 _HINT = "choose another export.format: `ckptq recipes --schemes` shows what goes together"
 
 
 def check(layout: Layout) -> None:
-    """Raises RecipeError for a scheme that the format has no form for, for more than one, and for an FP8 KV cache."""
-    if other := [name for name in layout.schemes if name not in SCHEMES]:
-        raise RecipeError(f"scheme {other[0]}: the format fp8 has none like it; it has {', '.join(SCHEMES)}", hint=_HINT)
+    """Raises RecipeError for more than one scheme, and for an FP8 KV cache."""
     if len(layout.schemes) > 1:
         raise RecipeError(
             f"schemes {', '.join(layout.schemes)}: quant_method fp8 has one activation_scheme and one block size for all linears",

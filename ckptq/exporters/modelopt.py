@@ -24,12 +24,11 @@ from typing import Any
 
 from ckptq import __version__
 from ckptq.checkpoint import TensorSpec
-from ckptq.errors import RecipeError
 from ckptq.plan import Encode, Layout, Observer, Op, QuantizedGroup, Scale
 from ckptq.schemes import Scheme
 
 QUANT_CONFIG = "hf_quant_config.json"
-ALGOS: Mapping[str, str] = MappingProxyType(
+SCHEMES: Mapping[str, str] = MappingProxyType(
     {
         "fp8": "FP8",
         "fp8-dynamic": "FP8_PER_CHANNEL_PER_TOKEN",
@@ -39,16 +38,13 @@ ALGOS: Mapping[str, str] = MappingProxyType(
         "mxfp8": "MXFP8",
     }
 )
+"""quant_algo, by scheme."""
+READERS = "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"
 MIXED = "MIXED_PRECISION"
 
 
 def check(layout: Layout) -> None:
-    """Raises RecipeError for a scheme without a quant_algo."""
-    if other := [name for name in layout.schemes if name not in ALGOS]:
-        raise RecipeError(
-            f"scheme {other[0]}: ModelOpt's format has none like it; it has {', '.join(ALGOS)}",
-            hint="choose one of those, or another export.format: `ckptq recipes --schemes` shows what goes together",
-        )
+    """Nothing to refuse: schemes may be mixed, and each goes with an FP8 KV cache."""
 
 
 def linear_ops(module: str, weight: TensorSpec, group: QuantizedGroup) -> tuple[Op, ...]:
@@ -111,8 +107,8 @@ def _algo(layout: Layout) -> dict[str, Any]:
     schemes = layout.schemes
     if len(schemes) == 1:
         name = next(iter(schemes))
-        return {"quant_algo": ALGOS[name], **_group_size(name)}
-    layers = {module: {"quant_algo": ALGOS[name], **_group_size(name)} for name, modules in schemes.items() for module in modules}
+        return {"quant_algo": SCHEMES[name], **_group_size(name)}
+    layers = {module: {"quant_algo": SCHEMES[name], **_group_size(name)} for name, modules in schemes.items() for module in modules}
     return {"quant_algo": MIXED, "quantized_layers": dict(sorted(layers.items()))}
 
 
