@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from ckptq.errors import RecipeError
 from ckptq.recipe import SECTIONS, CocoCalibration, Recipe, Section, TextCalibration, load_recipe, parse_recipe, parse_size, shipped
+from ckptq.schemes import SCHEMES
 
+SCHEMES_LISTED = "'fp8', 'fp8-tensor', 'fp8-dynamic', 'fp8-block', 'int8', 'nvfp4', 'nvfp4a16', 'mxfp8' or 'mxfp4'"
 GOOD = """\
 model: some/where
 quantize:
@@ -56,7 +58,9 @@ def test_every_shipped_one_parses(name: str) -> None:
     assert recipe.description
     assert recipe.model
     assert recipe.output
-    assert recipe.kv_cache == "fp8"
+    static = any(SCHEMES[rule.scheme].activation == "static" for rule in recipe.quantize)
+    assert recipe.kv_cache == ("fp8" if static and recipe.export.format != "fp8" else None), "what is calibrated anyway has it"
+    assert recipe.model_fields_set >= ({"calibration"} if static else set())
 
 
 def test_the_shipped_ones_by_name() -> None:
@@ -99,14 +103,14 @@ export:
   shard_size: 5XB
 """
     assert mistakes(text) == [
-        "quantize.0.scheme (line 4): expected 'fp8', found 'fp9'",
+        f"quantize.0.scheme (line 4): expected {SCHEMES_LISTED}, found 'fp9'",
         "quantize.0.bits (line 5): unknown key; known: modules, scheme",
         "keep (line 6): expected a valid list, found 3",
         "calibration.source (line 8): expected coco, text or builtin, found 'coc'; did you mean coco?",
         "calibration.seed (line 11): expected a valid integer, found 1.5",
         "calibration.annotations (line 7): is required",
         "calibration.sampels (line 10): unknown key; did you mean samples?",
-        "export.format (line 13): expected 'modelopt', found 'model-opt'",
+        "export.format (line 13): expected 'modelopt', 'compressed-tensors' or 'fp8', found 'model-opt'",
         "export.shard_size (line 14): expected a size such as 5GB or 512MiB, found '5XB'",
         "descripton (line 1): unknown key; did you mean description?",
     ]
@@ -261,8 +265,8 @@ def test_overrides_gone_wrong(override: str, message: str) -> None:
 def test_mistakes_of_overrides_and_file_together() -> None:
     assert mistakes(GOOD.replace("fp8", "fp9"), "export.format=x", "nonsense") == [
         "--set nonsense: expected KEY=VALUE, for example --set calibration.samples=64",
-        "quantize.0.scheme (line 4): expected 'fp8', found 'fp9'",
-        "export.format (--set export.format=x): expected 'modelopt', found 'x'",
+        f"quantize.0.scheme (line 4): expected {SCHEMES_LISTED}, found 'fp9'",
+        "export.format (--set export.format=x): expected 'modelopt', 'compressed-tensors' or 'fp8', found 'x'",
     ]
 
 
