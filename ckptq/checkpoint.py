@@ -15,16 +15,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptq.errors import SourceError
 from ckptq.folder import open_regular, printable, refuse_outside, walk
 from ckptq.index import INDEX, Disagreement, compare_index, natural, read_index, refuse_differences
 from ckptq.json_file import read_text_and_json
-from ckptq.safetensors_header import DTYPE_BYTES, FLOATS, Header, SourceTensor, TensorSpec, check_header, read_header
+from ckptq.safetensors_header import DTYPE_BYTES, FLOATS, Codes, Header, SourceTensor, TensorSpec, check_header, read_header
+
+if TYPE_CHECKING:
+    from ckptq.dequantize import Dequantizer
 
 __all__ = [  # what other modules import from here, wherever it is defined
-    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "STAGING", "WEIGHT_COPIES", "Component", "Disagreement", "Header", "Inventory",
+    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "STAGING", "WEIGHT_COPIES", "Codes", "Component", "Disagreement", "Header", "Inventory",
     "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint", "is_consolidated", "is_weight_copy", "read_config",
     "read_header", "read_index", "read_inventory",
 ]  # fmt: skip
@@ -52,6 +55,7 @@ class Component:
     left_out       further copies of the weights, also hidden ones that a server would take for the model
     indexed        whether there is an index
     disagreements  empty where the inventory was read strictly
+    dequantized    what was done to a quantized checkpoint to see it as this one, in sentences; empty for one that is as stored
     """
 
     folder: str
@@ -63,10 +67,15 @@ class Component:
     left_out: tuple[str, ...]
     indexed: bool = True
     disagreements: tuple[Disagreement, ...] = ()
+    dequantized: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(t.spec.nbytes for t in self.tensors.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(t.stored_bytes for t in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +216,8 @@ def fingerprint(root: Path, component: Component) -> str:
     digest = hashlib.sha256(component.config_text.encode())
     for name, tensor in sorted(component.tensors.items()):
         digest.update(f"{name}|{tensor.spec.dtype}|{tensor.spec.shape}|{tensor.file}|{tensor.offset}\n".encode())
+        if tensor.codes is not None:
+            digest.update(f"{tensor.codes}\n".encode())
     for file in component.weight_files:
         fd = _open(root / component.folder / file)
         try:
@@ -231,6 +242,11 @@ class Reader:
 
     def __init__(self, root: Path, component: Component) -> None:
         self._files: dict[str, int] = {}
+        self._dequantizer: Dequantizer | None = None
+        if component.dequantized:
+            from ckptq.dequantize import Dequantizer  # which imports torch
+
+            self._dequantizer = Dequantizer(self.read_stored)
         try:
             for file in component.weight_files:
                 self._files[file] = _open(root / component.folder / file)
@@ -239,7 +255,18 @@ class Reader:
             raise
 
     def read_into(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the tensor's bytes from `start` on (bytes from the tensor's own start)."""
+        """Fills `buffer` with the tensor's bytes from `start` on (bytes from the tensor's own start).
+
+        Raises SourceError for a file that ends early, DataError for scales of codes that are not finite.
+        """
+        if tensor.codes is None:
+            self.read_stored(tensor, start, buffer)
+        else:
+            assert self._dequantizer is not None
+            self._dequantizer.read_into(tensor, start, buffer)
+
+    def read_stored(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
+        """The same of the bytes that lie in the file."""
         done = 0
         while done < len(buffer):
             count = os.preadv(self._files[tensor.file], [buffer[done:]], tensor.offset + start + done)

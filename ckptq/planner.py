@@ -8,9 +8,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from ckptq.checkpoint import FLOATS, INDEX, Component, SourceTensor
+from ckptq.config_text import insert_section
 from ckptq.errors import RecipeError, SourceError, UnsupportedError
 from ckptq.mistakes import close
 from ckptq.plan import Copy, Decision, Exporter, Layout, Observer, Op, Plan, QuantizedGroup, Scale, module_of
@@ -283,19 +283,3 @@ def _tensor_ops(tensor: SourceTensor, group: QuantizedGroup | None, exporter: Ex
     if group is None:
         return (Copy(tensor.spec.name, tensor.spec),)
     return exporter.linear_ops(module_of(tensor.spec.name), tensor.spec, group)
-
-
-def insert_section(text: str, key: str, section: Mapping[str, Any]) -> str:
-    """`text`, a JSON object, with one more key at its end. Every byte of it stays: numbers keep the form they were written in."""
-    end = len(text.rstrip()[:-1].rstrip())  # behind the last value, or behind the opening brace
-    indent = next((line[: -len(line.lstrip())] for line in text.splitlines()[1:] if line.strip() not in ("", "}")), "  ")
-    comma = "" if text[:end].endswith("{") else ","
-    if "\n" in text.strip():
-        value = json.dumps(section, indent=indent or 2).replace("\n", "\n" + indent)
-        added = f'{comma}\n{indent}"{key}": {value}'
-    else:
-        added = f'{comma}{" " if comma else ""}"{key}": {json.dumps(section)}'
-    result = text[:end] + added + text[end:]
-    if json.loads(result) != {**json.loads(text), key: section}:
-        raise AssertionError("config.json was not extended as intended")
-    return result

@@ -58,11 +58,30 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """A stored tensor: `offset` is in bytes from the start of `file`, which is relative to the checkpoint's folder."""
+    """A stored tensor: `offset` is in bytes from the start of `file`, which is relative to the checkpoint's folder.
+
+    codes  how it is stored, where `spec` says what it is once dequantized: then no byte at `offset` is one of `spec`'s
+    """
 
     spec: TensorSpec
     file: str
     offset: int
+    codes: Codes | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """What is read of the disk for it."""
+        return self.spec.nbytes if self.codes is None else self.codes.stored.spec.nbytes + self.codes.scale.spec.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A weight in FP8 codes [..., k], seen as rows of k: value = code * scale, one scale for each `high` rows by `wide` columns."""
+
+    stored: SourceTensor
+    scale: SourceTensor
+    high: int
+    wide: int
 
 
 Header = Mapping[str, Any]

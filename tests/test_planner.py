@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from make_checkpoint import PRESETS, make_checkpoint
 
 from ckptq.checkpoint import DTYPE_BYTES, INDEX, Component, SourceTensor, TensorSpec, read_inventory
+from ckptq.config_text import insert_section
 from ckptq.errors import CkptqError, RecipeError, SourceError, UnsupportedError
-from ckptq.exporters import find_exporter
+from ckptq.exporters import all_formats, find_exporter
 from ckptq.plan import Copy, Encode, Plan, Scale, module_of
-from ckptq.planner import build_plan, insert_section
+from ckptq.planner import build_plan
 from ckptq.recipe import Recipe
+from ckptq.schemes import SCHEMES
 from ckptq.scopes import find_scope
 from ckptq.validate import validate_plan
 
@@ -125,6 +127,42 @@ def test_conservation(component: Component) -> None:
     encoded = {op.source for op in made.ops if isinstance(op, Encode)}
     at = "model.layers" if "model.norm.weight" in component.tensors else "model.language_model.layers"
     assert encoded == {f"{at}.{i}.{linear}.weight" for i in range(6) for linear in LINEARS}
+
+
+COMBINATIONS = [(scheme, form) for form in all_formats() for scheme in find_exporter(form).SCHEMES]
+
+
+@pytest.mark.parametrize(("scheme", "form"), COMBINATIONS)
+def test_conservation_in_every_format(component: Component, scheme: str, form: str) -> None:
+    """As above, and the bytes of codes and local scales follow from the scheme alone."""
+    rules = [{"modules": "model.layers.*", "scheme": scheme}]
+    made = plan(component, quantize=rules, export={"format": form}, kv_cache=None if form == "fp8" else "fp8")
+    assert sorted(op.source for op in made.ops if not isinstance(op, Scale)) == sorted(component.tensors)
+    written = [spec.name for op in made.ops for spec in op.outputs]
+    assert len(written) == len(set(written))
+    for op in made.ops:
+        if isinstance(op, Encode):
+            n, k = component.tensors[op.source].spec.shape
+            assert op.codes.nbytes == n * k // op.scheme.packed
+            assert (op.whole is None) == (op.scheme.limit is None)
+            assert (op.local is None) == (op.scheme.scale is None)
+            groups = -(-n // (op.scheme.rows or n)) * -(-k // (op.scheme.columns or k))
+            assert op.local is None or op.local.numel == groups
+    kinds = {o.kind for o in made.observers}
+    assert ("input" in kinds) == (SCHEMES[scheme].activation == "static")
+    assert ("weight" in kinds) == (SCHEMES[scheme].limit is not None)
+    assert ({"k", "v"} <= kinds) == (form != "fp8")
+
+
+def test_a_weight_that_a_scheme_does_not_fit() -> None:
+    narrow = dataclasses.replace(example().tensors["model.layers.0.mlp.down_proj.weight"], spec=TensorSpec("x", "BF16", (256, 776)))
+    odd = dataclasses.replace(
+        example(), tensors=MappingProxyType({**example().tensors, "model.layers.0.mlp.down_proj.weight": narrow})
+    )
+    for scheme, columns in (("nvfp4a16", 16), ("mxfp8", 32), ("fp8-block", 128)):
+        rules = [{"modules": "model.layers.*", "scheme": scheme}]
+        parts = ("model.layers.0.mlp.down_proj", f"columns in multiples of {columns}", "[256, 776]")
+        refused(RecipeError, odd, *parts, hint="keep the module", quantize=rules, kv_cache=None)
 
 
 def test_both_generations_plan_alike(component: Component) -> None:

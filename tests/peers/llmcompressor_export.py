@@ -19,6 +19,9 @@ from typing import Any
 
 TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
 SAMPLES, LENGTH = 8, 64
+CALIBRATED = ("FP8", "NVFP4", "mixed")
+MIXED = {"re:.*self_attn.*": "FP8_DYNAMIC", "re:.*mlp.*": "NVFP4"}
+"""What the format `mixed` takes for whom."""
 FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
@@ -32,11 +35,13 @@ def export(job: dict[str, Any]) -> None:
     source, output = Path(job["source"]), Path(job["output"])
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16).eval()
     scheme = FP8_KV if job["kv"] else None
-    modifier = QuantizationModifier(targets="Linear", scheme=job["format"], ignore=job["ignore"], kv_cache_scheme=scheme)
+    targets: Any = MIXED if job["format"] == "mixed" else "Linear"
+    which = {"scheme": {part: [where] for where, part in MIXED.items()}} if targets is MIXED else {"targets": targets, "scheme": job["format"]}
+    modifier = QuantizationModifier(ignore=job["ignore"], kv_cache_scheme=scheme, **which)
     tokenizer = AutoTokenizer.from_pretrained(source)
     # The tokenizer in the processor's place: loading that one needs torchvision, and text is all that is shown here.
     settings: dict[str, Any] = {"processor": tokenizer, "pipeline": "datafree"}
-    if job["format"] == "FP8" or job["kv"]:
+    if job["format"] in CALIBRATED or job["kv"]:
         data = torch.utils.data.DataLoader(pieces(tokenizer), batch_size=None)
         settings |= {"dataset": data, "num_calibration_samples": SAMPLES, "pipeline": "basic"}
     oneshot(model=model, recipe=modifier, **settings)

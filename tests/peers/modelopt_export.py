@@ -3,7 +3,7 @@
     python tests/peers/modelopt_export.py --recipe demo.yaml --output DIR [--set KEY=VALUE]...
     python tests/peers/modelopt_export.py --jobs JOBS.json
 
-JOBS.json: `[{"source": DIR, "output": DIR, "format": key of PRESETS, "kv": key of KV or null}, ...]`, calibrated on some
+JOBS.json: `[{"source": DIR, "output": DIR, "format": key of PRESETS or `mixed`, "kv": key of KV or null}, ...]`, calibrated on some
 held-out text.
 
 The model is whole in memory, and its full forward runs on each sample by itself, so that the vision tower takes part and no
@@ -34,7 +34,12 @@ PRESETS = {
     "fp8": "FP8_DEFAULT_CFG",
     "fp8_per_channel_per_token": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
     "fp8_pb_wo": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "nvfp4": "NVFP4_DEFAULT_CFG",
+    "w4a16_nvfp4": "W4A16_NVFP4_CFG",
+    "mxfp8": "MXFP8_DEFAULT_CFG",
 }
+MIXED = {"*self_attn*": "fp8", "*mlp*": "nvfp4"}
+"""What the format `mixed` takes for whom."""
 # What its preset FP8_KV_CFG sets, and the same with a constant in place of an amax: `--kv_cache_qformat fp8_cast`, the default of
 # its script hf_ptq.py.
 KV = {"fp8": {}, "fp8_cast": {"use_constant_amax": True}}
@@ -50,7 +55,16 @@ def quant_cfg(format: str = "fp8", kv: str | None = "fp8") -> list[dict[str, Any
 
     kept = [{"quantizer_name": pattern, "enable": False} for pattern in ("*visual*", "*lm_head*")]
     cache = [{**entry, "cfg": {**entry["cfg"], **KV[kv]}} for entry in mtq.FP8_KV_CFG["quant_cfg"]] if kv else []
-    return [*getattr(mtq, PRESETS[format])["quant_cfg"], *cache, *kept]
+    if format != "mixed":
+        return [*getattr(mtq, PRESETS[format])["quant_cfg"], *cache, *kept]
+    off = [{"quantizer_name": "*", "enable": False}]
+    parts = [
+        {**entry, "quantizer_name": f"{where}{entry['quantizer_name'].removeprefix('*')}"}
+        for where, part in MIXED.items()
+        for entry in getattr(mtq, PRESETS[part])["quant_cfg"]
+        if entry["quantizer_name"] in ("*weight_quantizer", "*input_quantizer")
+    ]
+    return [*off, *parts, *cache, *kept]
 
 
 def export(

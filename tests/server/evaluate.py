@@ -1,7 +1,8 @@
 """The real vLLM as judge: serves one checkpoint and measures it. Runs under the interpreter that has vLLM; knows nothing of ckptq.
 
     PYTHONPATH=tests/server/shim .venv-vllm/bin/python tests/server/evaluate.py --model DIR --scenes examples/scenes
-        --text tests/data/heldout.txt --out RESULT.json [--log-probabilities FILE | --reference FILE] [--patch-requantize]
+        --text tests/data/heldout.txt --out RESULT.json [--first N]
+        [--log-probabilities FILE | --reference FILE] [--patch-requantize]
 
 RESULT.json holds
     captions           the greedy caption of each eval scene
@@ -11,6 +12,7 @@ RESULT.json holds
     text_continuation  greedy continuations of the first chunks
     caption_kl, text_kl  per scene and per chunk, KL(reference || this) summed over positions (with --reference)
     caption_tokens     per scene, tokens of the right caption with its end token
+    server             version and device; linears {what computes it: the language model's linears}; kv_cache {dtype: layers}
 
 Requests are teacher forced one at a time, so that no batch's shape has a part in the figures. The full-vocabulary
 log-probabilities come from a measuring wrapper around the model's compute_logits, which hands on what it got.
@@ -34,6 +36,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
+import vllm
 from PIL import Image
 from vllm import LLM, SamplingParams
 
@@ -118,18 +121,18 @@ class Judge:
         return scored.numpy(), wanted.numpy()
 
 
-def scenes(folder: Path) -> list[tuple[Path, str]]:
-    """(image, its right caption) of every eval scene."""
+def scenes(folder: Path, first: int | None = None) -> list[tuple[Path, str]]:
+    """(image, its right caption) of the first eval scenes, or of all."""
     data = json.loads((folder / "annotations/captions_eval.json").read_text())
     files = {image["id"]: image["file_name"] for image in data["images"]}
-    return [(folder / "eval" / files[a["image_id"]], a["caption"]) for a in data["annotations"]]
+    return [(folder / "eval" / files[a["image_id"]], a["caption"]) for a in data["annotations"][:first]]
 
 
-def forced_runs(judge: Judge, folder: Path, text: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def forced_runs(judge: Judge, wanted: list[tuple[Path, str]], text: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """("caption" or "text", log-probabilities, tokens) of every scene, then of every chunk of the text."""
     prompt = judge.prompt(PROMPT)
     start = len(judge.ids(prompt))
-    for path, caption in scenes(folder):
+    for path, caption in wanted:
         ids = judge.ids(f"{prompt}{caption}<|im_end|>")
         if ids[:start] != judge.ids(prompt):
             raise RuntimeError(f"{path.name}: the caption changes how the prompt is split into tokens")
@@ -147,13 +150,13 @@ def chunks(judge: Judge, text: Path) -> list[list[int]]:
 
 def measure(judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
     prompt = judge.prompt(PROMPT)
-    wanted = [caption for _, caption in scenes(options.scenes)]
-    images = [Image.open(path).convert("RGB") for path, _ in scenes(options.scenes)]
+    right = scenes(options.scenes, options.first)
+    images = [Image.open(path).convert("RGB") for path, _ in right]
     captions = judge.greedy([{"prompt": prompt, "multi_modal_data": {"image": image}} for image in images], 96)
     starts = [{"prompt_token_ids": chunk[: CHUNK // 2]} for chunk in chunks(judge, options.text)[:CONTINUED]]
     result: dict[str, Any] = {
         "captions": captions,
-        "exact": [got.strip() == right for got, right in zip(captions, wanted, strict=True)],
+        "exact": [got.strip() == caption for got, (_, caption) in zip(captions, right, strict=True)],
         "text_continuation": judge.greedy(starts, CONTINUATION),
         **{key: [] for key in ("caption_nll", "caption_tokens", "text_nll", "text_tokens", "caption_kl", "text_kl")},
     }
@@ -161,7 +164,7 @@ def measure(judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
     reference = np.load(options.reference, mmap_mode="r") if options.reference else None
     kept: list[np.ndarray] = []
     at = 0
-    for kind, scored, tokens in forced_runs(judge, options.scenes, options.text):
+    for kind, scored, tokens in forced_runs(judge, right, options.text):
         nll = -scored.astype(np.float64)[np.arange(len(tokens)), tokens].sum()
         result[f"{kind}_nll"].append(nll / len(tokens) if kind == "caption" else nll)
         result[f"{kind}_tokens"].append(len(tokens))
@@ -207,12 +210,45 @@ def loaded_weights(model: Any) -> dict[str, np.ndarray]:
     return found
 
 
+def server(model: Any) -> dict[str, Any]:
+    """What runs: `linears` names quant method, scheme and kernel, as found on the layers once they are ready to compute."""
+    linears: dict[str, set[str]] = {}
+    caches: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if "visual" in name or ".layers." not in name:
+            continue
+        if isinstance(getattr(module, "kv_cache_dtype", None), str):
+            caches[module.kv_cache_dtype] = caches.get(module.kv_cache_dtype, 0) + 1
+        elif hasattr(module, "quant_method") and hasattr(module, "weight"):
+            computed = [type(part).__name__ for part in (module.quant_method, getattr(module, "scheme", None)) if part is not None]
+            computed += sorted({*kernels(module.quant_method), *kernels(getattr(module, "scheme", None))})
+            linears.setdefault(" > ".join(computed), set()).add(name.rpartition(".")[2])
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return {
+        "version": vllm.__version__,
+        "device": device,
+        "linears": {computed: sorted(names) for computed, names in sorted(linears.items())},
+        "kv_cache": caches,
+    }
+
+
+def kernels(holder: object, depth: int = 3) -> Iterator[str]:
+    """Class names of vLLM's linear kernels that the object holds, itself or through what it holds."""
+    for part in vars(holder).values() if depth and hasattr(holder, "__dict__") else ():
+        if type(part).__module__.startswith("vllm.model_executor.kernels.linear"):
+            if type(part).__name__.endswith("Kernel"):
+                yield type(part).__name__
+        elif type(part).__module__.startswith("vllm."):
+            yield from kernels(part, depth - 1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--scenes", required=True, type=Path)
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--first", type=int, help="of the scenes; all if not given")
     parser.add_argument("--log-probabilities", type=Path, help="write them here, float32 [positions, vocabulary], .npy")
     parser.add_argument("--reference", type=Path, help="what --log-probabilities wrote for the model to compare with")
     parser.add_argument("--weights", type=Path, help="write the FP8 linears as loaded here, dequantized, .npz")
@@ -224,7 +260,8 @@ def main() -> int:
     if options.weights:
         [weights] = judge.llm.apply_model(loaded_weights)
         np.savez(options.weights, **weights)
-    options.out.write_text(json.dumps(measure(judge, options)))
+    [running] = judge.llm.apply_model(server)
+    options.out.write_text(json.dumps({**measure(judge, options), "server": running}))
     return 0
 
 
