@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from ckptq.dequantize import Dequantizer
 
 __all__ = [  # what other modules import from here, wherever it is defined
-    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "STAGING", "WEIGHT_COPIES", "Codes", "Component", "Disagreement", "Header", "Inventory",
-    "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint", "is_consolidated", "is_weight_copy", "read_config",
-    "read_header", "read_index", "read_inventory",
+    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "STAGING", "WEIGHT_COPIES", "Codes", "Component", "Disagreement", "Header",
+    "Inventory", "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint", "is_consolidated", "is_weight_copy",
+    "read_config", "read_header", "read_index", "read_inventory",
 ]  # fmt: skip
 
 SINGLE = "model.safetensors"
@@ -273,6 +273,10 @@ class Reader:
             if count == 0:
                 raise SourceError(f"{tensor.file}: ended while {printable(tensor.spec.name)} was read; was it changed meanwhile?")
             done += count
+
+    def place(self, tensor: SourceTensor) -> tuple[int, int]:
+        """(descriptor, offset) of a tensor's bytes as they are stored, for the kernel to copy."""
+        return self._files[tensor.file], tensor.offset
 
     def close(self) -> None:
         for fd in self._files.values():

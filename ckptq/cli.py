@@ -38,6 +38,13 @@ def convert(
         str | None, typer.Option("--model", metavar="SRC", help="Source: a folder, or a Hub id org/name[@revision].")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="OUT", help="Folder to write; must not exist.")] = None,
+    from_fp8: Annotated[
+        bool, typer.Option("--from-fp8", help="The source is FP8: dequantize it on the way. Without this it is refused.")
+    ] = False,
+    amax: Annotated[
+        Path | None,
+        typer.Option("--amax", metavar="PATH", help="Calibrate nothing: take the amaxes of an earlier output of the same source."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. calibration.samples=64; repeatable."),
@@ -62,9 +69,9 @@ def convert(
     from ckptq.validators import has_errors
 
     limit = size_option("--memory", memory)
-    settings = load_recipe(recipe, overrides or (), model=model, output=output)
+    settings = load_recipe(recipe, overrides or (), model=model, output=output, from_fp8=from_fp8 or None)
     console = Console(format)
-    job = prepare(settings)
+    job = prepare(settings, amax)
     if dry_run:
         console.result(render.plan_data(job), lambda: render.show_plan(console, job))
         raise typer.Exit(int(has_errors(job.findings)))

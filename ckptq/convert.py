@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptq import __version__, cost, digest, hub, validate
+from ckptq import __version__, cost, digest, hub, quantized, reuse, validate
 from ckptq.calibration import Sample, load_samples
 from ckptq.calibration import digest as samples_digest
 from ckptq.checkpoint import INDEX, Inventory, Reader, fingerprint, read_inventory
@@ -20,9 +20,10 @@ from ckptq.cost import Cost
 from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError
 from ckptq.exporters import find_exporter
 from ckptq.journal import RECORD, Journal, ProgressFile
-from ckptq.plan import Observer, Plan, Scale
+from ckptq.plan import Plan, Scale, ShardSpec
 from ckptq.planner import build_plan
 from ckptq.recipe import Recipe
+from ckptq.reuse import Reused
 from ckptq.scopes import Scope, find_scope
 from ckptq.validators import Finding
 from ckptq.writer import copy_file, sync_folder, write_text
@@ -44,6 +45,12 @@ class Prepared:
     plan: Plan
     cost: Cost
     findings: tuple[Finding, ...]
+    reused: Reused | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether samples run through the model: scales come from activations, and no earlier run has measured them."""
+        return self.plan.calibrated and self.reused is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +68,25 @@ class Report:
     findings: tuple[Finding, ...]
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Reads headers and plans. Of a Hub source's weights nothing else is fetched yet."""
+def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
+    """Reads headers and plans. Of a Hub source's weights nothing else is fetched yet.
+
+    amax   the ckptq.json of an earlier run, or its folder: what it measured stands for a calibration
+    """
     if recipe.model is None:
         raise RecipeError("the recipe names no model", hint="add `model:` to it, or give --model SRC")
     source = hub.fetch(recipe.model, weights=False)
     inventory = read_inventory(source.root, source.header)
+    if recipe.from_fp8:
+        inventory = quantized.dense(inventory)
     scope = find_scope(inventory.main.config)
     plan = build_plan(recipe, inventory.main, scope, find_exporter(recipe.export.format))
+    reused = reuse.read_amax(amax) if amax is not None else None
+    if reused is not None:
+        reuse.refuse_missing(reused, plan)
     findings = validate.validate_plan(plan, scope)
-    return Prepared(recipe, source, inventory, scope, plan, cost.estimate(plan, inventory.main, scope, recipe), tuple(findings))
+    needs = cost.estimate(plan, inventory.main, scope, recipe, calibrates=plan.calibrated and reused is None)
+    return Prepared(recipe, source, inventory, scope, plan, needs, tuple(findings), reused)
 
 
 def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, console: Console) -> Report:
@@ -85,8 +101,10 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     for finding in job.findings:
         console.warn(f"of the planned output: {finding.code}: {finding.subject}: {finding.found}: {finding.effect}")
     output = Path(job.recipe.output)
-    samples = load_samples(job.recipe.calibration) if job.plan.calibrated else []
-    if len(samples) < job.recipe.calibration.samples and job.plan.calibrated:
+    if job.reused is not None and "calibration" in job.recipe.model_fields_set:
+        console.note(f"the recipe's calibration is not used: the amaxes are those in {job.reused.path}")
+    samples = load_samples(job.recipe.calibration) if job.calibrates else []
+    if len(samples) < job.recipe.calibration.samples and job.calibrates:
         console.warn(f"calibration has {len(samples)} samples, the recipe asks for {job.recipe.calibration.samples}")
     journal = Journal(output)
     journal.refuse_existing(resume=resume)
@@ -96,6 +114,8 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     if job.recipe.model is not None and job.source.label is not None:  # all that is cheap to check has been checked
         job = dataclasses.replace(job, source=hub.fetch(job.recipe.model, weights=True))
     record = _job_record(job, samples, device)
+    if job.reused is not None:
+        reuse.refuse_other_source(job.reused, record)
     if journal.open(record, resume=resume):
         try:
             findings = None if journal.publishing else _produce(job, samples, journal, record, waiting, console)
@@ -116,30 +136,11 @@ def _produce(
     job: Prepared, samples: list[Sample], journal: Journal, record: dict[str, Any], waiting: int, console: Console
 ) -> tuple[Finding, ...]:
     """Everything between an open journal and a checked, complete model/ folder."""
-    from ckptq.encode import scan_weights, write_shard
-
-    component, plan = job.inventory.main, job.plan
-    by_name = {o.name: o for o in plan.observers}
-    with Reader(job.source.root, component) as reader:
-        table = journal.load("weights")
-        if table is None:
-            with console.stage("scan", component.nbytes, "bytes") as advance:
-                table = {o.name: value for o, value in scan_weights(component, reader, plan, advance).items()}
-            journal.save("weights", table)
-        if plan.calibrated:
-            table |= _activations(job, samples, journal, reader, record["device"], waiting, console)
-        amax: dict[Observer, float] = {by_name[name]: value for name, value in table.items()}
-        digests: dict[str, str] = {}
-        with console.stage("write", component.nbytes, "bytes") as advance:
-            for shard in plan.shards:
-                if (journal.model / shard.file).is_file():
-                    # A kill may have struck between the file and its digests.
-                    digests |= journal.load(shard.file) or digest.of_shard(journal.model / shard.file)
-                    advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if not isinstance(op, Scale)))
-                else:
-                    written = write_shard(journal.model, shard, component, reader, amax, advance)
-                    journal.save(shard.file, written)
-                    digests |= written
+    with Reader(job.source.root, job.inventory.main) as reader:
+        table = _activations(job, samples, journal, reader, record["device"], waiting, console) if job.plan.calibrated else {}
+        digests = _write_shards(job, journal, reader, table, record["device"], console)
+    if job.reused is not None:
+        reuse.refuse_other_weights(job.reused, table)
     _write_files(job, journal, record, table, digests)
     source = job.source.root if job.recipe.validation.passthrough else None
     found = validate.examine(journal.model, source=source, values=job.recipe.validation.values, staged=True, progress=console)
@@ -151,6 +152,34 @@ def _produce(
     return found.findings
 
 
+def _write_shards(
+    job: Prepared, journal: Journal, reader: Reader, table: dict[str, float], device: str, console: Console
+) -> dict[str, str]:
+    """All weight files, less those that an interrupted run has finished. Returns the digests of the tensors in them.
+
+    table   gains the amaxes of the weights that calibration has not measured
+    """
+    from ckptq.pipeline import write_shards
+
+    component, plan = job.inventory.main, job.plan
+    amax = {o: table[o.name] for o in plan.observers if o.name in table}
+    digests: dict[str, str] = {}
+
+    def finished(shard: ShardSpec, found: Mapping[str, str]) -> None:
+        journal.save(shard.file, found)
+        digests.update(found)
+
+    with console.stage("write", component.nbytes, "bytes") as advance:
+        kept = [shard for shard in plan.shards if (journal.model / shard.file).is_file()]
+        for shard in kept:  # a kill may have struck between the file and its digests
+            digests |= journal.load(shard.file) or digest.of_shard(journal.model / shard.file)
+            advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if not isinstance(op, Scale)))
+        left = [shard for shard in plan.shards if shard not in kept]
+        write_shards(journal.model, plan, left, component, reader, amax, finished, advance, device=device)
+    table |= {o.name: value for o, value in amax.items()}
+    return digests
+
+
 def _listed(findings: Sequence[Finding]) -> str:
     return "\n".join(
         f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.found}\n    {f.effect}; {f.mend}" for f in findings
@@ -160,8 +189,8 @@ def _listed(findings: Sequence[Finding]) -> str:
 def _activations(
     job: Prepared, samples: list[Sample], journal: Journal, reader: Reader, device: str, waiting: int, console: Console
 ) -> dict[str, float]:
-    """Amaxes of inputs, K and V: from an earlier run of this job, or by calibration."""
-    known = journal.load("activations")
+    """Amaxes of inputs, K and V: from an earlier run of this job, from the run named by --amax, or by calibration."""
+    known = journal.load("activations") if job.reused is None else job.reused.table(job.plan)
     if known is not None:
         return known
     import torch
@@ -200,6 +229,7 @@ def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table:
         "job": record,
         "amax": {o.name: table[o.name] for o in job.plan.observers},
         "decisions": [asdict(d) for d in job.plan.decisions],
+        "dequantized": list(job.inventory.main.dequantized),
         "config_changes": list(job.plan.config_changes),
         "digests": {
             "tensors": dict(sorted(digests.items())),
@@ -215,13 +245,15 @@ def _job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, 
     import torch
 
     versions = {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    measured = {} if job.reused is None else {"amax": job.reused.origin(job.plan)}
     return {
         "plan": job.plan.digest,
-        "recipe": _portable_recipe(job.recipe),
+        "recipe": _portable_recipe(job),
         "source": job.source.label or "local folder",
         "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
         "source_files": _files_digest(job.source.root / job.inventory.main.folder, job.plan.sidecars),
         "samples": samples_digest(samples) if samples else None,
+        **measured,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": versions,
@@ -237,9 +269,12 @@ def _files_digest(base: Path, names: Sequence[str]) -> str:
     return total.hexdigest()
 
 
-def _portable_recipe(recipe: Recipe) -> dict[str, Any]:
+def _portable_recipe(job: Prepared) -> dict[str, Any]:
     """The recipe as resolved, without the paths of this machine: samples and source are recorded by their content."""
-    body = recipe.model_dump(mode="json", exclude={"model", "output"})
+    body = job.recipe.model_dump(mode="json", exclude={"model", "output"})
+    if job.reused is not None:
+        del body["calibration"]
+        return body
     for key in ("images", "annotations", "files", "save_every"):
         body["calibration"].pop(key, None)
     return body
@@ -280,7 +315,7 @@ def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console:
     return Report(
         output=output,
         format=job.recipe.export.format,
-        source_bytes=job.inventory.main.nbytes,
+        source_bytes=job.inventory.main.stored_bytes,
         output_bytes=job.plan.nbytes,
         seconds=dict(console.seconds),
         peak_rss=cost.peak_rss(),

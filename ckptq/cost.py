@@ -50,7 +50,7 @@ class Cost:
         return self.fixed + self.sample * self.samples if self.samples else IMPORTS + BUFFERS
 
 
-def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe) -> Cost:
+def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, calibrates: bool) -> Cost:
     """The cost of a plan, taking every sample as long as the recipe allows. Raises SourceError for a config without sizes."""
     layers = [0] * plan.layer_count
     resident = parameters = 0
@@ -68,7 +68,7 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe) -> 
         head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"config.json: hidden_size, intermediate_size and num_attention_heads are needed: {error!r}") from error
-    samples = recipe.calibration.samples if plan.calibrated else 0
+    samples = recipe.calibration.samples if calibrates else 0
     attention = 4 * plan.layer_count * hidden * length / 2
     return Cost(
         resident=resident,

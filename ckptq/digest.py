@@ -40,6 +40,13 @@ def join(parts: Sequence[bytes]) -> str:
     return parts[0].hex() if len(parts) == 1 else xxhash.xxh3_128_hexdigest(b"".join(parts))
 
 
+def of_bytes(dtype: str, data: memoryview) -> bytes:
+    """The digest of a part, whole in memory."""
+    total = hasher(dtype)
+    total.update(data)
+    return total.digest()
+
+
 class Running:
     """The digest of a tensor whose bytes come piece by piece, in order."""
 

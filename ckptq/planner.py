@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from ckptq.checkpoint import FLOATS, INDEX, Component, SourceTensor
+from ckptq import quantized
+from ckptq.checkpoint import INDEX, Component, SourceTensor
 from ckptq.config_text import insert_section
 from ckptq.errors import RecipeError, SourceError, UnsupportedError
 from ckptq.mistakes import close
@@ -76,25 +77,13 @@ def matches(pattern: str, module: str, scope: Scope) -> bool:
     return any(fnmatch.fnmatchcase(s, pattern) or s.startswith(pattern + ".") for s in scope.spellings(module))
 
 
-def _refuse_quantized(component: Component) -> None:
-    section = component.config.get("quantization_config")
-    if section is None and "hf_quant_config.json" not in component.sidecars:
-        narrow = next((t.spec for t in component.tensors.values() if t.spec.dtype.startswith("F8")), None)
-        if narrow is None:
-            return
-        what = f"{narrow.name} is {narrow.dtype}"
-    else:
-        method = section.get("quant_method") if isinstance(section, Mapping) else None
-        what = f"config.json says quant_method {method!r}" if section is not None else "there is a hf_quant_config.json"
-    raise UnsupportedError(f"the source is quantized already: {what}", hint="start from the BF16 checkpoint")
-
-
 def language_linears(component: Component, scope: Scope) -> dict[str, int]:
     """{source module: layer} of every quantizable linear.
 
-    Raises SourceError where one is missing or no 2-D float weight, UnsupportedError for a source that is quantized already.
+    Raises SourceError where one is missing, or no matrix in BF16, F16 or F32; UnsupportedError for a source that is quantized
+    already.
     """
-    _refuse_quantized(component)
+    quantized.refuse(component)
     layers = scope.layer_count(component.config)
     found: dict[tuple[int, str], str] = {}
     for name in component.tensors:
@@ -116,8 +105,8 @@ def language_linears(component: Component, scope: Scope) -> dict[str, int]:
                         hint="fetch the checkpoint again",
                     )
                 spec = component.tensors[f"{module}.weight"].spec
-                if len(spec.shape) != 2 or spec.dtype not in FLOATS:
-                    raise SourceError(f"{spec.name}: expected a 2-D float weight, found {spec.dtype} {list(spec.shape)}")
+                if len(spec.shape) != 2 or spec.dtype not in ("BF16", "F16", "F32"):
+                    raise SourceError(f"{spec.name}: expected a matrix in BF16, F16 or F32, found {spec.dtype} {list(spec.shape)}")
                 linears[module] = layer
     return linears
 

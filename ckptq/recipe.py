@@ -126,6 +126,7 @@ class Recipe(Section):
     description: str = ""
     model: str | None = None
     output: str | None = None
+    from_fp8: bool = False
     quantize: Annotated[list[Rule], Field(min_length=1)]
     keep: Annotated[list[str], BeforeValidator(_strings)] = []
     kv_cache: Literal["fp8"] | None = None
@@ -153,7 +154,7 @@ def shipped() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), **top: str | None) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), **top: str | bool | None) -> Recipe:
     """The recipe at path `name`, or the shipped one of that name, with `KEY=VALUE` overrides and top-level values applied.
 
     Raises RecipeError listing every mistake, each with its line and, for a typo, the close match.
@@ -175,7 +176,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), **top: str | None) -> 
     return parse_recipe(text, name, overrides, **top)
 
 
-def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), **top: str | None) -> Recipe:
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), **top: str | bool | None) -> Recipe:
     """As load_recipe, from the YAML itself; `name` is what errors call it."""
     problems: list[str] = []
     places: dict[KeyPath, str] = {}
@@ -199,7 +200,7 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = (), **top: str
     for key, value in top.items():
         if value is not None:
             data[key] = value
-            places[key,] = f"--{key}"
+            places[key,] = f"--{key.replace('_', '-')}"
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

@@ -17,6 +17,7 @@ from ckptq.errors import CkptqError, UnsupportedError
 from ckptq.exporters import all_formats, find_exporter
 from ckptq.plan import Decision, module_of
 from ckptq.planner import decide
+from ckptq.quantized import describe
 from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
 from ckptq.reports import verdict
 from ckptq.reports.human import show_findings
@@ -31,7 +32,8 @@ def plan_data(job: Prepared) -> dict[str, Any]:
         "plan": plan.digest,
         "scope": job.scope.name,
         "format": job.recipe.export.format,
-        "source_bytes": job.inventory.main.nbytes,
+        "source_bytes": job.inventory.main.stored_bytes,
+        "dequantized": list(job.inventory.main.dequantized),
         "output_bytes": plan.nbytes,
         "decisions": [asdict(d) for d in plan.decisions],
         "shards": [{"file": s.file, "bytes": s.data_bytes, "tensors": len(s.offsets)} for s in plan.shards],
@@ -39,7 +41,8 @@ def plan_data(job: Prepared) -> dict[str, Any]:
         "files_copied": list(plan.sidecars),
         "files_left_out": list(plan.left_out),
         "calibration": {
-            "needed": plan.calibrated,
+            "needed": job.calibrates,
+            "amaxes_from": str(job.reused.path) if job.reused else None,
             "samples": cost.samples,
             "tokens_at_most": cost.tokens,
             "flops_at_most": cost.flops,
@@ -52,22 +55,27 @@ def plan_data(job: Prepared) -> dict[str, Any]:
 
 def show_plan(console: Console, job: Prepared) -> None:
     """`--dry-run`: what becomes what, by which rule, and what it takes."""
-    plan, cost = job.plan, job.cost
+    plan, cost, source = job.plan, job.cost, job.inventory.main
     console.table("What becomes what", ("modules", "become", "because of", "count"), grouped(plan.decisions), right=(3,))
     facts = [
-        ("source", f"{size(job.inventory.main.nbytes)} in {len(job.inventory.main.weight_files)} files, scope {job.scope.name}"),
+        (
+            "source",
+            f"{size(source.stored_bytes)} in {len(source.weight_files)} files, scope {job.scope.name}",
+        ),
         ("output", f"{size(plan.nbytes)} in {len(plan.shards)} files, format {job.recipe.export.format}"),
         ("config.json", "; ".join(plan.config_changes) + "; otherwise as it is"),
         ("files copied", ", ".join(plan.sidecars) or "none"),
         ("left out", ", ".join(plan.left_out) or "nothing"),
         ("peak memory", f"about {size(cost.peak)}; {size(cost.fixed + cost.sample)} at the least, with --memory"),
     ]
-    if plan.calibrated:
+    if source.dequantized:
+        facts.insert(1, ("from FP8", "; ".join(source.dequantized)))
+    if job.calibrates:
         times = ", ".join(f"{duration(cost.flops / rate)} on {name}" for name, rate in RATES)
         work = f"{cost.samples} samples, at most {cost.tokens} tokens, {cost.flops:.3g} FLOPs without towers"
         facts.append(("calibration", f"{work}: {times}"))
     else:
-        facts.append(("calibration", "not needed"))
+        facts.append(("calibration", f"none, amaxes from {job.reused.path}" if job.reused else "not needed"))
     facts.append(("layout check", verdict(job.findings)))
     console.table("", ("", ""), facts)
     show_findings(console, job.findings)
@@ -136,6 +144,7 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
         "scope": scope.name if scope else None,
         "scope_source": scope.source if scope else None,
         "no_scope": reason or None,
+        "quantized": describe(component) or None,
         "layers": scope.layer_count(component.config) if scope else None,
         "parts": parts,
         "files_left_out": list(component.left_out),
@@ -170,6 +179,8 @@ def show_inspect(console: Console, data: Mapping[str, Any]) -> None:
         f"{data['checkpoint']}: {', '.join(data['architectures'] or ['no architecture in config.json'])}"
         + (f", {data['layers']} layers" if data["layers"] else "")
     )
+    if data["quantized"]:
+        console.show(f"quantized: {data['quantized']}")
     console.show(f"scope {data['scope']} ({data['scope_source']})" if data["scope"] else f"no scope: {data['no_scope']}")
     rows = [
         (name, part["tensors"], f"{part['parameters']:,}", size(part["bytes"]), ", ".join(part["dtypes"]))

@@ -18,8 +18,10 @@ import torch
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.plan import module_of
+from ckptq.quantized import SECTIONS
 from ckptq.scopes import Scope
 from ckptq.tensors import blank, raw, typed
+from ckptq.validators.dtypes import served_dtype
 
 ALIGNMENT = 64
 
@@ -34,7 +36,7 @@ class StreamedModel:
         self.device = device
         self._reader = reader
         self._scope = scope
-        self.model = _build(root / component.folder, scope)
+        self.model = _build(root / component.folder, component, scope)
         self._modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
         self._memory_name = _memory_names(self.model, component)
         self._layers_name = self._find_layers(component)
@@ -145,15 +147,27 @@ class StreamedModel:
             raise SourceError(f"{empty[0]}: no tensor of the checkpoint fills it ({len(empty)} such parameters)")
 
 
-def _build(folder: Path, scope: Scope) -> Any:
+def _build(folder: Path, component: Component, scope: Scope) -> Any:
     """The model on `meta`. No code of the checkpoint is run."""
     import transformers
 
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        for part in (config, *vars(config).values()):
+            for key in SECTIONS:  # that of a source which is dequantized on the way
+                getattr(part, "__dict__", {}).pop(key, None)
         with torch.device("meta"):
-            model = getattr(transformers, scope.auto_class).from_config(config, dtype=config.dtype or torch.bfloat16)
+            model = getattr(transformers, scope.auto_class).from_config(config, dtype=_served_dtype(component, scope))
     return model.eval().requires_grad_(False)
+
+
+def _served_dtype(component: Component, scope: Scope) -> torch.dtype:
+    """The dtype in which vLLM serves the output, so that calibration sees the server's activations.
+
+    vLLM 0.32.0 config/model.py _resolve_auto_dtype: float32 is served in bfloat16. So is what config.json leaves open, by
+    transformers_utils/model_arch_config_convertor.py get_torch_dtype: the widest stored dtype decides, and scales are F32.
+    """
+    return torch.float16 if served_dtype(component.config, scope) == "float16" else torch.bfloat16
 
 
 def _memory_names(model: Any, component: Component) -> dict[str, str]:

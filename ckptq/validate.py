@@ -15,7 +15,8 @@ from ckptq.checkpoint import STAGING, Header, Inventory, read_header, read_inven
 from ckptq.console import Advance, Console, Unit
 from ckptq.errors import SourceError
 from ckptq.json_file import read_json
-from ckptq.plan import Plan, module_of
+from ckptq.plan import Plan
+from ckptq.quantized import dense_if_fp8
 from ckptq.scopes import Scope, find_scope
 from ckptq.validators import Finding, Stored, configs, dtypes, files, kv, layout, parallel, record, strays
 from ckptq.validators.expected import Expected, expect
@@ -107,7 +108,7 @@ def examine(
             advance(len(digests))
     if source is not None and passthrough:
         with stages.run("passthrough", main.nbytes, "bytes") as advance:
-            findings += _passthrough(inventory, read_inventory(source), scope, advance)
+            findings += _passthrough(inventory, dense_if_fp8(read_inventory(source)), scope, advance)
     unbuilt = "" if at else "the configs don't say what will be built"
     skipped = {
         "layout": unbuilt,
@@ -164,7 +165,7 @@ def _layout(
         findings += validator.check(at)
     findings += dtypes.check(at, stored)
     if tp > 1 or ep:
-        shapes = {module_of(name): spec.shape for name, spec in stored.tensors.items() if name.endswith(".weight")}
+        shapes = {module: shape for module in at.linears if (shape := at.weight_shape(module)) is not None}
         linears = dict.fromkeys(at.linears.values())
         built = ((linear, at.format_of(linear.shards[0])) for linear in linears)
         findings += parallel.check(scope, stored.config, built, shapes, tp, ep=ep, server=server)

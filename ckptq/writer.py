@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from ckptq.checkpoint import TensorSpec
-from ckptq.digest import Running
 from ckptq.errors import OutputError
 
 PARTIAL = ".partial"
+BLOCK = 1 << 20
+"""Bytes that a copy by hand takes at a time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CAN_NOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY)
+"""The kernel does not copy between these files: other file systems, other kinds of file, an older kernel, a sandbox."""
 
 
 @contextmanager
@@ -34,26 +38,20 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class TensorFile:
-    """A safetensors file of known layout. Bytes go straight to their place; `finish` publishes it under its name.
+    """A safetensors file of known layout. Bytes go straight to their place, from any thread, in any order.
 
-    Until then it is called <name>.partial. Every byte must be written once: `finish` counts.
+    `finish` publishes it under its name; until then it is called <name>.partial. Every byte must be written once: `finish` counts.
     """
 
     def __init__(
-        self,
-        path: Path,
-        specs: Iterable[TensorSpec],
-        offsets: Mapping[str, int],
-        metadata: Mapping[str, str] | None = None,
-        *,
-        digests: bool = False,
+        self, path: Path, specs: Iterable[TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str] | None = None
     ) -> None:
         self._path = path
         self._partial = path.with_name(path.name + PARTIAL)
-        self._specs = {spec.name: spec for spec in specs}
         self._offsets = offsets
+        self._specs = {spec.name: spec for spec in specs}
         self._left = {name: spec.nbytes for name, spec in self._specs.items()}
-        self._digests = {name: Running(spec.dtype) for name, spec in self._specs.items()} if digests else {}
+        self._counting = threading.Lock()
         head = _header(self._specs, offsets, metadata or {"format": "pt"})
         self._start = len(head)
         with writing(self._partial):
@@ -62,23 +60,34 @@ class TensorFile:
             _write_all(self._fd, memoryview(head), 0)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Writes bytes of tensor `name`, `start` bytes into it; where digests are wanted, in order."""
+        """Writes bytes of tensor `name`, `start` bytes into it."""
         with writing(self._path):
             _write_all(self._fd, data, self._start + self._offsets[name] + start)
-        self._left[name] -= len(data)
-        if self._digests:
-            assert self._digests[name].nbytes == start
-            self._digests[name].update(data)
+        self._count(name, len(data))
 
-    def finish(self) -> dict[str, str]:
-        """Checks that every tensor is complete, flushes to the disk and gives the file its name. Returns the digests."""
+    def copy(self, name: str, start: int, source: int, at: int, count: int) -> None:
+        """Copies `count` bytes from `at` on of an open file to `start` bytes into tensor `name`, by the kernel where it can."""
+        with writing(self._path):
+            copy_bytes(source, at, self._fd, self._start + self._offsets[name] + start, count)
+        self._count(name, count)
+
+    def flush(self) -> None:
+        """What is written so far is on the disk when this returns, so that `finish` has less to wait for."""
+        with writing(self._path):
+            os.fdatasync(self._fd)
+
+    def finish(self) -> None:
+        """Checks that every tensor is complete, flushes to the disk and gives the file its name."""
         if wrong := [name for name, left in self._left.items() if left]:
             raise AssertionError(f"{self._path.name}: {wrong[0]} has {self._left[wrong[0]]} bytes left to write")
         with writing(self._path):
             os.fsync(self._fd)
             self.close()
             self._partial.replace(self._path)
-        return {name: total.hexdigest() for name, total in self._digests.items()}
+
+    def _count(self, name: str, written: int) -> None:
+        with self._counting:
+            self._left[name] -= written
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -90,6 +99,40 @@ class TensorFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def copy_bytes(source: int, at: int, target: int, to: int, count: int) -> None:
+    """Copies bytes between open files. The kernel does it where it can, without a way through this process: copy_file_range,
+    which shares the blocks on some file systems, or sendfile; else they are read and written. Raises OSError.
+    """
+    done = 0
+    for way in (_by_range, _by_sendfile):
+        try:
+            while done < count and (moved := way(source, at + done, target, to + done, count - done)):
+                done += moved
+        except OSError as error:
+            if error.errno not in _CAN_NOT:
+                raise
+    while done < count:
+        data = os.pread(source, min(BLOCK, count - done), at + done)
+        if not data:
+            raise OSError(errno.EIO, "the source ended while it was copied")
+        _write_all(target, memoryview(data), to + done)
+        done += len(data)
+
+
+def _by_range(source: int, at: int, target: int, to: int, count: int) -> int:
+    return os.copy_file_range(source, target, count, at, to)
+
+
+def _by_sendfile(source: int, at: int, target: int, to: int, count: int) -> int:
+    """It writes where the descriptor stands, so it takes one of its own: threads share `target`."""
+    own = os.open(f"/proc/self/fd/{target}", os.O_WRONLY)
+    try:
+        os.lseek(own, to, os.SEEK_SET)
+        return os.sendfile(own, source, at, count)
+    finally:
+        os.close(own)
 
 
 def write_text(path: Path, text: str) -> None:

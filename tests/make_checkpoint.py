@@ -40,6 +40,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )  # fmt: skip
 
 Shape = tuple[int, ...]
+DTYPES = {"BF16": ("bfloat16", b"\x80\x3f"), "F16": ("float16", b"\x00\x3c"), "F32": ("float32", b"\x00\x00\x80\x3f")}
+"""{safetensors' word: config.json's, and the bytes of 1.0}."""
 
 
 def make_checkpoint(
@@ -59,11 +61,12 @@ def make_checkpoint(
     sparse: bool = False,
     seed: int = 0,
     tied: bool = False,
+    dtype: str = "BF16",
 ) -> Path:
-    """Writes a BF16 checkpoint with the hub's names, config and index, and the example's tokenizer and processor files.
+    """Writes a checkpoint with the hub's names, config and index, and the example's tokenizer and processor files.
 
-    `vocab` is at least the example's 4096, whose tokenizer it gets. `sparse` writes headers and leaves the data a hole: it
-    reads as zeros and takes no disk. Memory stays near one block. Returns `folder`.
+    `dtype` is one of DTYPES. `vocab` is at least the example's 4096, whose tokenizer it gets. `sparse` writes headers and leaves
+    the data a hole: it reads as zeros and takes no disk. Memory stays near one block. Returns `folder`.
     """
     assert vocab >= 4096
     assert hidden % heads == vision_hidden % vision_heads == heads % kv_heads == 0
@@ -85,19 +88,19 @@ def make_checkpoint(
         "out_hidden_size": hidden,
     }
     vision |= {"intermediate_size": vision_intermediate, "fullatt_block_indexes": list(range(vision_depth))[7::8] or [0]}
-    (folder / "config.json").write_text(json.dumps(config(text, vision, tied), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config(text, vision, tied) | {"dtype": DTYPES[dtype][0]}, indent=2) + "\n")
 
     shapes = dict(_language(layers, hidden, intermediate, heads, kv_heads, vocab))
     if not tied:
         shapes["lm_head.weight"] = (vocab, hidden)
     shapes |= _vision(vision_depth, vision_hidden, vision_intermediate, hidden)
-    block = None if sparse else _block(seed)
+    block = None if sparse else _block(seed, dtype)
     files = _split(shapes, shards)
     names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     for name, part in zip(names, files, strict=True):
-        _write(folder / name, part, block)
+        _write(folder / name, part, block, dtype)
     weight_map = {tensor: name for name, part in zip(names, files, strict=True) for tensor in part}
-    metadata = {"total_size": sum(map(_nbytes, shapes.values()))}
+    metadata = {"total_size": sum(_nbytes(shape, dtype) for shape in shapes.values())}
     (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n")
     return folder
 
@@ -146,38 +149,39 @@ def _vision(depth: int, hidden: int, intermediate: int, out: int) -> dict[str, S
     return shapes
 
 
-def _nbytes(shape: Shape) -> int:
-    return 2 * math.prod(shape)
+def _nbytes(shape: Shape, dtype: str) -> int:
+    return (4 if dtype == "F32" else 2) * math.prod(shape)
 
 
 def _split(shapes: Mapping[str, Shape], count: int) -> list[dict[str, Shape]]:
     """The tensors in order, in at most `count` files of about equal size."""
-    total, done = sum(map(_nbytes, shapes.values())), 0
+    total, done = sum(map(math.prod, shapes.values())), 0
     files: list[dict[str, Shape]] = [{} for _ in range(count)]
     for name, shape in shapes.items():
         files[done * count // total][name] = shape
-        done += _nbytes(shape)
+        done += math.prod(shape)
     return [file for file in files if file]
 
 
-def _block(seed: int) -> memoryview:
-    """Normal values of deviation 0.02, each the high half of its float32: BF16, rounded towards zero."""
+def _block(seed: int, dtype: str) -> memoryview:
+    """Normal values of deviation 0.02. BF16 is the high half of a float32, rounded towards zero."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
     block = bytearray()
     while len(block) < BLOCK:
         values = generator.standard_normal(1 << 20, dtype=np.float32) * np.float32(0.02)
-        block += values.view(np.uint16)[1::2].tobytes()
+        kinds = {"BF16": values.view(np.uint16)[1::2], "F16": values.astype(np.float16), "F32": values}
+        block += kinds[dtype].tobytes()
     return memoryview(block)
 
 
-def _write(path: Path, shapes: Mapping[str, Shape], block: memoryview | None) -> None:
+def _write(path: Path, shapes: Mapping[str, Shape], block: memoryview | None, dtype: str) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     size = 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, size + _nbytes(shape)]}
-        size += _nbytes(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [size, size + _nbytes(shape, dtype)]}
+        size += _nbytes(shape, dtype)
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
@@ -187,9 +191,9 @@ def _write(path: Path, shapes: Mapping[str, Shape], block: memoryview | None) ->
             return
         at = 0
         for name, shape in shapes.items():
-            left = _nbytes(shape)
+            left = _nbytes(shape, dtype)
             if "norm" in name or "ln_q" in name:
-                file.write(b"\x80\x3f" * (left // 2))  # 1.0
+                file.write(DTYPES[dtype][1] * math.prod(shape))
                 continue
             while left:
                 count = file.write(block[at : at + left])

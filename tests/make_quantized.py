@@ -66,16 +66,15 @@ def _fill(folder: Path, plan: Plan) -> dict[str, Mapping[str, str]]:
     blocks["F32"] = np.full(BLOCK // 4, 2e-4, np.float32).view(np.uint8)
     found: dict[str, str] = {}
     for shard in plan.shards:
-        with TensorFile(
-            folder / shard.file, [spec for op in shard.ops for spec in op.outputs], shard.offsets, digests=True
-        ) as file:
+        with TensorFile(folder / shard.file, [spec for op in shard.ops for spec in op.outputs], shard.offsets) as file:
             for spec in (spec for op in shard.ops for spec in op.outputs):
                 block, size = blocks[spec.dtype], spec.nbytes
                 first = np.full(int(spec.dtype == "F8_E4M3"), 0x7E, np.uint8)
                 file.write(spec.name, 0, memoryview(first))
                 for at in range(len(first), size, len(block)):
                     file.write(spec.name, at, memoryview(block[: min(len(block), size - at)]))
-            found |= file.finish()
+            file.finish()
+        found |= digest.of_shard(folder / shard.file)
     files = digest.recorded([*plan.sidecars, *plan.files])
     return {"tensors": found, "files": digest.of_files(folder, files)}
 

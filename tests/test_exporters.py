@@ -1,67 +1,189 @@
-"""ModelOpt's format, by the words of its own export (ModelOpt 0.47.0) and of the server that reads it (vLLM 0.32.0)."""
+"""The formats: each shipped recipe's tensors and configuration against tests/data/golden.json, and against what ModelOpt 0.47 and
+llm-compressor 0.14 write for the same source; and what no format has a form for.
+
+    PYTHONPATH=tests python tests/test_exporters.py     # writes golden.json again: read the difference before it is committed
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
+from corpus.bases import BASES, folder
 
 from ckptq import __version__
-from ckptq.checkpoint import TensorSpec
+from ckptq.checkpoint import read_inventory
+from ckptq.errors import RecipeError
 from ckptq.exporters import find_exporter
-from ckptq.exporters.modelopt import exclude_modules, extra_files, kv_ops, linear_ops, quantization_config
-from ckptq.plan import Encode, Layout, Observer, QuantizedGroup, Scale
-from ckptq.schemes import SCHEMES
+from ckptq.plan import Copy, Plan
+from ckptq.planner import build_plan
+from ckptq.recipe import Recipe, load_recipe, shipped
+from ckptq.scopes import find_scope
 
-QKV = tuple(f"model.layers.7.self_attn.{n}_proj" for n in "qkv")
-GROUP = QuantizedGroup(7, QKV, SCHEMES["fp8"])
-NUMBERS = {"dynamic": False, "num_bits": 8, "type": "float"}
-PRODUCER = {"name": "modelopt", "version": f"ckptq-{__version__}"}
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
+GOLDEN = Path(__file__).parent / "data" / "golden.json"
+QUANT_CONFIG = "hf_quant_config.json"
+RECIPES = sorted(name for name in shipped() if name.startswith("qwen25vl-lm") and not name.endswith("-text"))
 
-
-def layout(*kept_linears: str, kv_cache: str | None = "fp8") -> Layout:
-    return Layout((GROUP,), ("lm_head", "model.embed_tokens", "visual"), kept_linears, kv_cache)
-
-
-def test_a_linear() -> None:
-    weight, weight_scale, input_scale = linear_ops(QKV[1], TensorSpec(f"{QKV[1]}.weight", "BF16", (128, 256)), GROUP)
-    shared = tuple(Observer(module, "weight", 7) for module in QKV)
-    assert weight == Encode(f"{QKV[1]}.weight", GROUP.scheme, shared, TensorSpec(f"{QKV[1]}.weight", "F8_E4M3", (128, 256)))
-    assert weight_scale == Scale(shared, TensorSpec(f"{QKV[1]}.weight_scale", "F32", ()))
-    assert input_scale == Scale((Observer(QKV[0], "input", 7),), TensorSpec(f"{QKV[1]}.input_scale", "F32", ()))
+Tensors = dict[str, tuple[str, list[int]]]
 
 
-def test_kv_scales() -> None:
-    k, v = Observer(QKV[1], "k", 7), Observer(QKV[2], "v", 7)
-    assert kv_ops(k, v) == (
-        Scale((k,), TensorSpec("model.layers.7.self_attn.k_proj.k_scale", "F32", ())),
-        Scale((v,), TensorSpec("model.layers.7.self_attn.v_proj.v_scale", "F32", ())),
+def plan(recipe: Recipe, source: Path) -> Plan:
+    component = read_inventory(source).main
+    return build_plan(recipe, component, find_scope(component.config), find_exporter(recipe.export.format))
+
+
+@cache
+def golden() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(GOLDEN.read_text())
+    return found
+
+
+def described(name: str) -> dict[str, Any]:
+    """What golden.json has of a recipe: the tensors that it adds or changes, and the configuration, with layers folded."""
+    made = plan(load_recipe(name), EXAMPLE)
+    new = {spec.name: [spec.dtype, list(spec.shape)] for op in made.ops if not isinstance(op, Copy) for spec in op.outputs}
+    found = {"tensors": folded(new), "quantization_config": json.loads(made.files["config.json"])["quantization_config"]}
+    if QUANT_CONFIG in made.files:
+        found[QUANT_CONFIG] = json.loads(made.files[QUANT_CONFIG])
+    text = json.dumps(folded(found))
+    return dict(json.loads(text.replace(f"ckptq-{__version__}", "ckptq-VERSION")))
+
+
+def copied(name: str) -> dict[str, Any]:
+    """{tensor: [dtype, shape]} of what stays as it is, with layers folded."""
+    made = plan(load_recipe(name), EXAMPLE)
+    kept = {op.output.name: [op.output.dtype, list(op.output.shape)] for op in made.ops if isinstance(op, Copy)}
+    return dict(sorted(folded(kept).items()))
+
+
+def folded(value: Any) -> Any:
+    """Names in keys and lists with the numbers of layers joined: `layers.{0..5}.`. What differs between layers raises."""
+    if isinstance(value, dict):
+        groups: dict[str, dict[int, Any]] = {}
+        for key, inner in value.items():
+            pattern, number = split(key)
+            groups.setdefault(pattern, {})[number] = folded(inner)
+        for pattern, inner in groups.items():
+            assert all(other == next(iter(inner.values())) for other in inner.values()), pattern
+        return {join(pattern, list(inner)): next(iter(inner.values())) for pattern, inner in groups.items()}
+    if isinstance(value, list) and all(isinstance(inner, str) for inner in value):
+        found: dict[str, list[int]] = {}
+        for pattern, number in map(split, value):
+            found.setdefault(pattern, []).append(number)
+        return [join(pattern, numbers) for pattern, numbers in found.items()]
+    return value
+
+
+def split(name: str) -> tuple[str, int]:
+    match = re.search(r"\.(layers|blocks)\.(\d+)\.", name)
+    return (name, -1) if match is None else (name[: match.start(2)] + "{}" + name[match.end(2) :], int(match[2]))
+
+
+def join(pattern: str, numbers: list[int]) -> str:
+    numbers = sorted(numbers)
+    assert numbers == list(range(numbers[0], numbers[-1] + 1)), pattern
+    return pattern.replace("{}", f"{{{numbers[0]}..{numbers[-1]}}}") if numbers[0] >= 0 else pattern
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_golden(name: str) -> None:
+    assert described(name) == golden()["recipes"][name]
+    assert copied(name) == golden()["kept"]
+
+
+def test_golden_speaks_of_every_recipe() -> None:
+    assert sorted(golden()["recipes"]) == RECIPES
+
+
+# --- the exporters people use ---
+
+PEERS = {
+    "vl-modelopt-fp8kv-peer": "qwen25vl-lm-fp8",
+    "vl-modelopt-pcpt-peer": "qwen25vl-lm-fp8-dynamic-modelopt",
+    "vl-modelopt-pbwo-peer": "qwen25vl-lm-fp8-block-modelopt",
+    "vl-ct-fp8kv-peer": "qwen25vl-lm-fp8-compressed-tensors",
+    "vl-ct-dynamic-peer": "qwen25vl-lm-fp8-dynamic-compressed-tensors",
+    "vl-ct-block-peer": "qwen25vl-lm-fp8-block-compressed-tensors",
+}
+"""{export of ModelOpt or llm-compressor: the recipe for the same}."""
+
+
+@pytest.mark.parametrize("base", PEERS)
+def test_the_tensors_are_those_of_the_peer(base: str) -> None:
+    """Deliberate: scales are F32 where llm-compressor rounds them to the model's BF16."""
+    ours = {spec.name: (spec.dtype, spec.shape) for spec in plan(load_recipe(PEERS[base]), BASES[base].source).tensors.values()}
+    theirs = {name: (t.spec.dtype, t.spec.shape) for name, t in read_inventory(folder(base)).main.tensors.items()}
+    rounded = {name for name, (dtype, _) in theirs.items() if dtype == "BF16" and ours.get(name, ("",))[0] == "F32"}
+    assert not rounded or BASES[base].method == "compressed-tensors"
+    assert all(re.search(r"\.(weight|input|k|v)_scale$", name) for name in rounded)
+    assert ours == {name: ("F32" if name in rounded else dtype, shape) for name, (dtype, shape) in theirs.items()}
+
+
+@pytest.mark.parametrize("base", PEERS)
+def test_the_section_says_what_the_peers_says(base: str) -> None:
+    """Deliberate: what is ignored is said by the parts' names, and what a reader assumes anyway is left out."""
+    ours = json.loads(plan(load_recipe(PEERS[base]), BASES[base].source).files["config.json"])["quantization_config"]
+    theirs = json.loads((folder(base) / "config.json").read_text())["quantization_config"]
+    for section in (ours, theirs):
+        for told_otherwise in ("ignore", "producer", "version"):
+            section.pop(told_otherwise, None)
+    assert meaning(ours) == meaning(theirs)
+
+
+def meaning(section: Any) -> Any:
+    """The section less what says nothing: null, empty, and a default of compressed-tensors 0.17 quantization/quant_args.py."""
+    defaults = {"observer": ("minmax", "memoryless_minmax", "static_minmax"), "observer_kwargs": ({},)}
+    if isinstance(section, Mapping):
+        inner = {key: meaning(value) for key, value in section.items() if value not in defaults.get(key, ())}
+        return {key: value for key, value in inner.items() if value not in (None, {}, [])}
+    return section
+
+
+# --- refusals ---
+
+
+def recipe(scheme: str, form: str, **changes: Any) -> Recipe:
+    rules = [{"modules": "model.layers.*", "scheme": scheme}]
+    return Recipe.model_validate({"quantize": rules, "keep": ["visual*", "lm_head"], "export": {"format": form}, **changes})
+
+
+MIXED = [{"modules": "*.self_attn.*", "scheme": "fp8-tensor"}, {"modules": "*.mlp.*", "scheme": "fp8-block"}]
+SPLIT = [{"modules": "*.k_proj", "scheme": "fp8-dynamic"}, {"modules": "model.layers.*", "scheme": "nvfp4a16"}]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form", "changes", "words"),
+    [
+        ("fp8", "fp8", {"kv_cache": "fp8"}, r"kv_cache: .*can't declare.*remove kv_cache"),
+        ("int8", "fp8", {}, r"scheme int8: the format fp8 has none.*fp8, fp8-tensor, fp8-block.*another export\.format"),
+        ("fp8", "fp8", {"quantize": MIXED}, r"schemes fp8-tensor, fp8-block: .*one activation_scheme.*give all of them one scheme"),
+        ("int8", "modelopt", {}, r"scheme int8: ModelOpt's format has none.*choose one of those"),
+        ("mxfp4", "modelopt", {}, r"scheme mxfp4: ModelOpt's format has none.*choose one of those"),
+        ("fp8-tensor", "modelopt", {}, r"scheme fp8-tensor: ModelOpt's format has none.*choose one of those"),
+        ("fp8-tensor", "compressed-tensors", {}, r"scheme fp8-tensor: compressed-tensors has none.*choose one of those"),
+        (
+            "nvfp4a16",
+            "compressed-tensors",
+            {"quantize": SPLIT},
+            r"fuses .*one scheme.*k_proj: fp8-dynamic \(quantize: \*\.k_proj\)",
+        ),
+    ],
+)
+def test_what_no_form_exists_for(scheme: str, form: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan(recipe(scheme, form, **changes), EXAMPLE)
+    assert re.search(words, f"{caught.value}\n{caught.value.hint}", re.DOTALL)
+
+
+if __name__ == "__main__":
+    found = {"kept": copied(RECIPES[0]), "recipes": {name: described(name) for name in RECIPES}}
+    text = re.sub(
+        r"\[\s+(\"\w+\"),\s+(\[[^]]*\])\s+\]", lambda m: f"[{m[1]}, {''.join(m[2].split())}]", json.dumps(found, indent=1)
     )
-
-
-def test_the_section_of_config_json() -> None:
-    assert quantization_config(layout()) == {
-        "config_groups": {"group_0": {"input_activations": NUMBERS, "weights": NUMBERS, "targets": ["Linear"]}},
-        "ignore": ["lm_head", "model.embed_tokens", "visual*"],
-        "quant_algo": "FP8",
-        "kv_cache_scheme": NUMBERS,
-        "producer": PRODUCER,
-        "quant_method": "modelopt",
-    }
-    assert "kv_cache_scheme" not in quantization_config(layout(kv_cache=None))
-
-
-@pytest.mark.parametrize(("kv_cache", "algorithm"), [("fp8", "FP8"), (None, None)])
-def test_hf_quant_config(kv_cache: str | None, algorithm: str | None) -> None:
-    quantization = {
-        "quant_algo": "FP8",
-        "kv_cache_quant_algo": algorithm,
-        "exclude_modules": ["lm_head", "model.embed_tokens", "visual*"],
-    }
-    assert extra_files(layout(kv_cache=kv_cache)) == {"hf_quant_config.json": {"producer": PRODUCER, "quantization": quantization}}
-
-
-def test_kept_linears_are_excluded_by_their_exact_names() -> None:
-    """A glob on a shard of a fused linear matches nothing in vLLM 0.32.0 quantization/modelopt.py."""
-    kept = tuple(f"model.layers.3.self_attn.{n}_proj" for n in "qkv")
-    assert exclude_modules(layout(*kept)) == sorted(["lm_head", "model.embed_tokens", "visual*", *kept])
-
-
-def test_an_exporter_is_found_by_its_name() -> None:
-    assert find_exporter("modelopt").linear_ops(QKV[0], TensorSpec("w", "BF16", (1, 1)), GROUP)
+    GOLDEN.write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""FP8 E4M3 against a table of its values that is built here from the format's definition."""
+"""FP8 E4M3 under one scale a tensor, against a table of its values that is built here from the format's definition."""
 
 import itertools
 import math
@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptq.numerics import fp8
+from ckptq.numerics import Desk, fp8
+from ckptq.schemes import SCHEMES
 
 
 def value_of(code: int) -> float:
@@ -37,9 +38,9 @@ def nearest_code(quotients: np.ndarray) -> np.ndarray:
 
 
 def encode(values: torch.Tensor, scale: float) -> np.ndarray:
-    out = torch.empty(len(values), dtype=torch.float8_e4m3fn)
-    fp8.encode(values, scale, torch.empty(len(values)), out)
-    return out.view(torch.uint8).numpy()
+    out = torch.empty((1, len(values)), dtype=torch.float8_e4m3fn)
+    fp8.encode(values[None], SCHEMES["fp8"], scale, out, None, Desk())
+    return out[0].view(torch.uint8).numpy()
 
 
 def test_the_table_is_that_of_the_format() -> None:

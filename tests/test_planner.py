@@ -393,11 +393,13 @@ def test_num_hidden_layers(count: object) -> None:
     refused(SourceError, with_config(example(), **config), f"should be an integer from 1 to 4096, found {count!r}")
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [("I8", (256, 768)), ("BF16", (196608,)), ("BF16", (1, 256, 768))])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("I8", (256, 768)), ("F64", (256, 768)), ("BF16", (196608,)), ("BF16", (1, 256, 768))]
+)
 def test_a_weight_that_is_no_float_matrix(dtype: str, shape: tuple[int, ...]) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     broken = with_tensors(example(), TensorSpec(name, dtype, shape), without=name)
-    refused(SourceError, broken, f"{name}: expected a 2-D float weight, found {dtype} {list(shape)}")
+    refused(SourceError, broken, f"{name}: expected a matrix in BF16, F16 or F32, found {dtype} {list(shape)}")
 
 
 def test_a_quantized_source() -> None:

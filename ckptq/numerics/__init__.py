@@ -27,6 +27,10 @@ class Desk:
             held = self._held[name, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
         return held[:numel]
 
+    def number(self, name: str, value: float) -> torch.Tensor:
+        """F32 [1]. On CUDA a division by a Python number is a multiplication by its inverse; by a tensor it is a division."""
+        return self.take(name, 1, torch.float32).fill_(value)
+
 
 class Numerics(Protocol):
     """A module of this folder."""

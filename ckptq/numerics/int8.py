@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from ckptq.numerics import Desk
+from ckptq.numerics import Desk, patterns
 from ckptq.schemes import Scheme
 
 STEPS = 127.5
+"""From zero to the amax, which then is half a step from 127 or from -128: no further than others may be from their codes.
+
+With 127 steps the amax is exact and every step 0.4 % longer, so that the squared error is 0.8 % larger. compressed-tensors 0.17
+(quantization/utils/helpers.py calculate_qparams) has 127.5 too.
+"""
 
 
 def encode(
     values: torch.Tensor, scheme: Scheme, whole: float | None, codes: torch.Tensor, scales: torch.Tensor | None, desk: Desk
 ) -> None:
-    """codes = values / scale, rounded to nearest even; scale is 1 for an all-zero row."""
+    """codes = values / scale, rounded to nearest even, at most 127; scale is amax / 127.5, and 1 for an all-zero row."""
     assert scales is not None
-    rows = values.float()
-    amax = rows.abs().amax(1, keepdim=True)
-    scales.copy_(torch.where(amax > 0, amax / STEPS, 1.0))
-    codes.copy_((rows / scales).round_().clamp_(-128, 127))
+    rows = desk.take("values", values.numel(), torch.float32).view(values.shape)
+    exact = patterns.amax(values, desk).div_(desk.number("steps", STEPS))
+    scales.view(-1).copy_(exact.masked_fill_(exact == 0, 1.0))
+    codes.copy_(rows.copy_(values).div_(scales).round_().clamp_(-128.0, 127.0))
 
 
 def decode(codes: torch.Tensor, scheme: Scheme, whole: float | None, scales: torch.Tensor | None) -> torch.Tensor:
     """code * scale."""
     assert scales is not None
-    return codes.float() * scales
+    return codes.float().mul_(scales)

@@ -8,10 +8,10 @@ from typing import Any
 from ckptq.checkpoint import FLOATS
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, Stored, error, warning
+from ckptq.validators import Code, Finding, Stored, error, mixed, warning
+from ckptq.validators.formats import SCALE_KINDS
 from ckptq.validators.kv import KV_KINDS
-from ckptq.validators.layout import SCALE_KINDS
-from ckptq.validators.methods import Method, Settings, as_json, compressed_tensors, find_method, known
+from ckptq.validators.methods import MIXED, Method, Settings, as_json, compressed_tensors, find_method, known
 from ckptq.validators.servers import Server
 
 _NORMALIZE = "vLLM 0.32.0 transformers_utils/model_arch_config_convertor.py _normalize_quantization_config"
@@ -34,8 +34,8 @@ UNCHECKED = frozenset(
     (
         "auto-round", "auto_awq", "auto_gptq", "awq", "awq_marlin", "bitsandbytes", "cpu_awq", "deepseek_v4_fp8", "experts_int8",
         "fbgemm_fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "fp_quant", "gguf", "gpt_oss_mxfp4", "gptq",
-        "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8",
-        "moe_wna16", "mxfp4", "mxfp8", "nvfp4_per_token", "online", "torchao",
+        "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "moe_wna16", "mxfp4", "mxfp8", "nvfp4_per_token",
+        "online", "torchao",
     )
 )  # fmt: skip
 """Values of quant_method that vLLM knows and ckptq does not."""
@@ -74,7 +74,7 @@ def read(stored: Stored, scope: Scope, server: Server) -> tuple[Settings | None,
             )
         ]
     findings = list(method.check(section, file, server))
-    if (denied := _denied(section, file, name, stored)) is not None:
+    if (denied := _denied(section, file, name, stored, server)) is not None:
         return None, [*findings, denied]
     settings = method.read(section, file, server)
     if name == "modelopt" and settings is not None:
@@ -92,10 +92,10 @@ def _refuse_unquantized(stored: Stored) -> None:
         )
 
 
-def _denied(section: Mapping[str, Any], file: str, name: str, stored: Stored) -> Finding | None:
+def _denied(section: Mapping[str, Any], file: str, name: str, stored: Stored, server: Server) -> Finding | None:
     """The finding for stored FP8 weights where the section speaks of none."""
     fp8 = any(spec.dtype == "F8_E4M3" for tensor, spec in stored.tensors.items() if tensor.endswith(".weight"))
-    return compressed_tensors.denied(section, file) if fp8 and name == "compressed-tensors" else None
+    return compressed_tensors.denied(section, file, server) if fp8 and name == "compressed-tensors" else None
 
 
 def _refuse_large(section: Mapping[str, Any], file: str) -> None:
@@ -145,13 +145,15 @@ def _method_name(section: Mapping[str, Any]) -> str:
     """quant_method as the server normalizes it: in small letters, and filled in for ModelOpt's nested form."""
     inner = _mapping(section.get("quantization"))
     producer = (_mapping(section.get("producer")) or {}).get("name")
-    if inner is not None and (producer == "modelopt" or "modelopt_quant_config" in inner):
-        algo = str(inner.get("quant_algo") or "").upper()
-        return "modelopt_fp4" if algo == "NVFP4" else "modelopt"
-    name = str(section.get("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
-    # modelopt.py ModelOptFp8Config.override_quantization_method: of ModelOpt's methods the algorithm chooses.
     algo = str((section if inner is None else inner).get("quant_algo") or "").upper()
-    return "modelopt" if name.startswith("modelopt") and algo == "FP8" else name
+    if inner is not None and algo and (producer == "modelopt" or "modelopt_quant_config" in inner):
+        return "modelopt"
+    name = str(section.get("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+    if name == "modelopt_mxfp8" and inner is None and not algo:
+        return "mxfp8"
+    # modelopt.py override_quantization_method: of ModelOpt's methods these algorithms choose one, whatever its name says.
+    chooses = algo in ("FP8", MIXED) or "FP4" in algo or "MXFP8" in algo
+    return "modelopt" if name.startswith("modelopt") and chooses else name
 
 
 def _mapping(value: Any) -> Mapping[str, Any] | None:
@@ -174,9 +176,10 @@ def _agreement(stored: Stored, found: Settings) -> Iterator[Finding]:
         return
     said = _words(stored.hf_quant_config)
     ours = {
-        "quant_algo": found.format,
+        "quant_algo": mixed.algo_of(found.section),
         "kv_cache_quant_algo": "FP8" if found.kv_fp8 else None,
         "exclude_modules": sorted(set(found.exclude)),
+        "quantized_layers": _each(found.section),
     }
     for key, value in ours.items():
         if value != said[key]:
@@ -192,7 +195,13 @@ def _words(other: Mapping[str, Any]) -> dict[str, Any]:
     kv = body.get("kv_cache_quant_algo")
     exclude = body.get("exclude_modules", [])
     return {
-        "quant_algo": str(body.get("quant_algo") or "").upper(),
+        "quant_algo": mixed.algo_of(body),
         "kv_cache_quant_algo": kv.upper() if isinstance(kv, str) else None,
         "exclude_modules": sorted({str(e) for e in exclude}) if isinstance(exclude, list) else exclude,
+        "quantized_layers": _each(body),
     }
+
+
+def _each(body: Mapping[str, Any]) -> dict[str, str]:
+    """Each linear's algorithm in a mixed checkpoint."""
+    return {name: mixed.algo_of(layer) for name, layer in mixed.layers(body).items()} if mixed.algo_of(body) == MIXED else {}

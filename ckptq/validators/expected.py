@@ -22,7 +22,7 @@ _MOST_MATCHES, _MOST_PASSES = 10_000_000, 200_000
 class Expected:
     """Made once for a checkpoint.
 
-    parameters  every tensor but scales that the server reads, by the checkpoint's name
+    parameters  every tensor but scales that the server reads, by the checkpoint's name, in the form in which it is stored
     linears     by checkpoint module: each shard of a fused linear points at the whole
     built       by server prefix
     tied        whether lm_head may lean on the embeddings
@@ -42,19 +42,42 @@ class Expected:
         treatment = self.built[linear.prefix] if linear else None
         return treatment if isinstance(treatment, Format) else None
 
+    def codes_of(self, module: str) -> TensorSpec | None:
+        """The weight of a linear under the name that the server looks for, or None where it is not stored."""
+        form = self.format_of(module)
+        return self.tensors.get(f"{module}.{form.weight if form else 'weight'}")
+
+    def weight_shape(self, module: str) -> tuple[int, ...] | None:
+        """[n, k] of a linear's stored weight, unpacked; None where none is stored."""
+        spec, form = self.codes_of(module), self.format_of(module)
+        packed = form is not None and spec is not None and len(spec.shape) == 2
+        return None if spec is None else form.weight_shape(spec.shape) if form and packed else spec.shape
+
 
 def expect(stored: Stored, scope: Scope, settings: Settings) -> Expected:
     """What vLLM will look for. Raises SourceError as `vllm_rules.parameters` does."""
     linears = server_linears(scope, stored.config, stored.tensors)
+    built = treatments(linears, scope, settings)
+    treated = {f"{module}.weight": built[linear.prefix] for linear in linears for module in linear.shards}
+    found = (_as_stored(p, treated.get(p.name)) for p in parameters(scope, stored.config, stored.tensors))
     return Expected(
         scope,
         settings,
         stored.tensors,
-        {p.name: p for p in parameters(scope, stored.config, stored.tensors)},
+        {p.name: p for p in found},
         {module: linear for linear in linears for module in linear.shards},
-        treatments(linears, scope, settings),
+        built,
         is_tied(scope, stored.config),
     )
+
+
+def _as_stored(weight: Parameter, form: Treatment | None) -> Parameter:
+    """A quantized weight under the name and in the shape of its codes; anything else as it is."""
+    if not isinstance(form, Format) or len(weight.shape) != 2:
+        return weight
+    n, k = weight.shape
+    name = f"{weight.name.removesuffix('.weight')}.{form.weight}"
+    return Parameter(name, (n, None if k is None else k // form.packed), weight.required)
 
 
 def treatments(linears: tuple[ServerLinear, ...], scope: Scope, settings: Settings) -> dict[str, Treatment]:

@@ -108,7 +108,7 @@ def fp8(
 ) -> Format:
     """F8_E4M3 [n, k] with F32 scales for a tensor, its rows or its blocks. utils/fp8_utils.py create_fp8_scale_parameter.
 
-    Alignment: kernels/linear/scaled_mm/cutlass.py pads what is no multiple of 16, pytorch.py refuses it. In blocks neither is asked.
+    Alignment: kernels/linear/scaled_mm/cutlass.py pads what is no multiple of 16, pytorch.py refuses it; neither sees blocks.
     """
     scales = (Scales(kind, shapes, unset="placeholder"), *((_FP8_INPUT,) if static else ()))
     return Format(

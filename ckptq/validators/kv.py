@@ -14,7 +14,7 @@ from typing import Literal
 from ckptq.checkpoint import TensorSpec
 from ckptq.validators import Code, Finding, error, warning
 from ckptq.validators.expected import Expected, absent_layers
-from ckptq.validators.layout import scale_dtype, stray
+from ckptq.validators.linears import scale_dtype, stray
 
 _MAPPER = "vLLM 0.32.0 model_executor/layers/quantization/base_config.py get_cache_scale_mapper"
 _METHOD = "vLLM 0.32.0 model_executor/layers/quantization/kv_cache.py process_weights_after_loading"

@@ -11,10 +11,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from ckptq.checkpoint import FLOATS, TensorSpec
-from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators import Code, Finding, error, linears
 from ckptq.validators.expected import Expected, absent_layers, idle_entries
-from ckptq.validators.formats import Format
-from ckptq.validators.methods import as_json
+from ckptq.validators.formats import SCALE_KINDS, WEIGHT_KINDS, Format
+from ckptq.validators.linears import stray
+from ckptq.validators.methods import MIXED, as_json
 from ckptq.validators.parallel import split_of
 from ckptq.validators.vllm_rules import Parameter, ServerLinear
 
@@ -24,7 +25,9 @@ CODES = {
     "layout.not-excluded": Code(
         "built quantized, stored in the source's dtype", f"{_QUANT}/modelopt.py, fp8.py, compressed_tensors.py get_quant_method"
     ),
-    "layout.excluded": Code("excluded, yet stored in FP8", f"{_QUANT}/modelopt.py, fp8.py, compressed_tensors.py get_quant_method"),
+    "layout.excluded": Code(
+        "excluded, yet stored as codes", f"{_QUANT}/modelopt.py, fp8.py, compressed_tensors.py get_quant_method"
+    ),
     "layout.split-exclude": Code(
         "the exclude list names some shards of a fused linear",
         f"{_QUANT}/utils/quant_utils.py is_layer_skipped, compressed_tensors/utils.py should_ignore_layer",
@@ -35,18 +38,6 @@ CODES = {
     ),
     "layout.missing-layer": Code("nothing of a layer is stored that config.json counts", _LOADER),
     "layout.missing-tensor": Code("a tensor that the server reads is not stored", _LOADER),
-    "layout.missing-scale": Code(
-        "a quantized linear lacks a scale",
-        f"{_QUANT}/utils/fp8_utils.py create_fp8_scale_parameter; modelopt.py ModelOptFp8MoEMethod",
-    ),
-    "layout.stray-scale": Code(
-        "a scale where nothing is quantized, or none that this format has",
-        "vLLM 0.32.0 model_executor/models/utils.py AutoWeightsLoader; models/qwen3_moe.py load_weights drops it",
-    ),
-    "layout.scale-dtype": Code("a scale that is not F32", "vLLM 0.32.0 model_executor/parameter.py"),
-    "layout.scale-shape": Code(
-        "a scale of a shape that the server does not take for this format", "vLLM 0.32.0 model_executor/parameter.py"
-    ),
     "layout.weight-dtype": Code("a weight in a dtype that the server would misread", "vLLM 0.32.0 model_executor/parameter.py"),
     "layout.shape": Code(
         "a shape that config.json contradicts", "vLLM 0.32.0 model_executor/parameter.py load_column_parallel_weight"
@@ -54,8 +45,7 @@ CODES = {
     "layout.shard-width": Code("shards of one fused linear with different inputs", "vLLM 0.32.0 model_executor/layers/linear.py"),
 }
 
-SCALE_KINDS = ("weight_scale", "weight_scale_inv", "input_scale")
-_ROUNDED = ("BF16", "F16")
+_NUMBERS = {"F8_E4M3": "FP8", "I8": "INT8", "U8": "bytes"}
 _SHOWN = 5
 
 
@@ -95,27 +85,36 @@ def _idle(at: Expected) -> str:
 
 def _linear(linear: ServerLinear, at: Expected, idle: Callable[[], str]) -> Iterator[Finding]:
     built = at.built[linear.prefix]
-    narrow = [module for module in linear.shards if _is_fp8(at.tensors.get(f"{module}.weight"))]
+    codes = [spec for module in linear.shards for spec in _codes(module, at)]
     scales = [name for m in linear.shards for kind in SCALE_KINDS if (name := f"{m}.{kind}") in at.tensors]
     if isinstance(built, Format):
-        if not narrow and not scales and (linear.part == "head" or any(f"{m}.weight" in at.tensors for m in linear.shards)):
-            yield from (_not_excluded(module, linear, at, idle()) for module in linear.shards)
+        if unconverted(linear.shards[0], at) or (linear.part == "head" and not codes and not scales):
+            yield from (_not_excluded(module, linear, built, at, idle()) for module in linear.shards)
             return
         for module in linear.shards:
-            yield from _quantized_shard(module, linear, built, at)
+            yield from linears.check(module, linear, built, at)
         yield from _shard_width(linear, at)
     elif built == "refused":
         yield _refused(linear, at)
     else:
-        for module in narrow:
-            yield error(
-                "layout.excluded", f"{module}.weight", "the source's dtype: the configuration keeps this module as it was",
-                at.tensors[f"{module}.weight"].dtype, "vLLM would read the codes as if they were weights",
-                f"take the module off {at.settings.key}, mind that a pattern may also match inside longer names (layers.1 in "
-                "layers.10), or store the weight unquantized",
-            )  # fmt: skip
-        if not narrow:
+        yield from (_excluded(spec, at) for spec in codes)
+        if not codes:
             yield from (stray(name, "this module is not quantized") for name in scales)
+
+
+def _codes(module: str, at: Expected) -> Iterator[TensorSpec]:
+    """What is stored of a linear's weight and is no weight as the source has it."""
+    specs = (at.tensors.get(f"{module}.{kind}") for kind in WEIGHT_KINDS)
+    yield from (spec for spec in specs if spec is not None and spec.dtype not in FLOATS)
+
+
+def _excluded(spec: TensorSpec, at: Expected) -> Finding:
+    reads = spec.name.endswith(".weight")
+    return error(
+        "layout.excluded", spec.name, "the source's dtype: the configuration keeps this module as it was", spec.dtype,
+        "vLLM would read the codes as if they were weights" if reads else "vLLM raises: it has no parameter of that name",
+        f"{_include(at)}, or store the weight unquantized",
+    )  # fmt: skip
 
 
 def _refused(linear: ServerLinear, at: Expected) -> Finding:
@@ -133,11 +132,27 @@ def _refused(linear: ServerLinear, at: Expected) -> Finding:
     )  # fmt: skip
 
 
-def _is_fp8(spec: TensorSpec | None) -> bool:
-    return spec is not None and spec.dtype.startswith("F8_E")
+def unconverted(module: str, at: Expected) -> bool:
+    """Whether a linear that is built quantized is stored as the source had it, which layout.not-excluded says."""
+    if at.format_of(module) is None:
+        return False
+    shards = at.linears[module].shards
+    weights = [spec for m in shards if (spec := at.tensors.get(f"{m}.weight")) is not None]
+    stored = any(True for m in shards for _ in _codes(m, at)) or any(
+        f"{m}.{kind}" in at.tensors for m in shards for kind in SCALE_KINDS
+    )
+    return bool(weights) and not stored
 
 
-def _not_excluded(module: str, linear: ServerLinear, at: Expected, idle: str) -> Finding:
+def _include(at: Expected) -> str:
+    """How a module is quantized by the configuration."""
+    key = at.settings.key
+    if at.settings.format == MIXED:
+        return f"name the module in quantized_layers with its quant_algo, and not in {key}"
+    return f"take the module off {key}, mind that a pattern may also match inside longer names (layers.1 in layers.10)"
+
+
+def _not_excluded(module: str, linear: ServerLinear, form: Format, at: Expected, idle: str) -> Finding:
     spec = at.tensors.get(f"{module}.weight")
     part = "only answers to images change" if linear.part == "tower" else "the answers are garbage"
     how = {
@@ -149,97 +164,23 @@ def _not_excluded(module: str, linear: ServerLinear, at: Expected, idle: str) ->
     }[at.settings.method]
     key, both = at.settings.key, at.settings.method == "modelopt" and at.settings.file.startswith("config.json")
     lists = f"{key} in config.json and exclude_modules in hf_quant_config.json" if both else key
+    if form.weight != "weight" or form.packed > 1:
+        effect = f"vLLM raises: it looks for {form.weight} in {form.codes}, {form.packed} codes an element"
+    else:
+        effect = f"vLLM would cast it to {_NUMBERS[form.codes]} without a scale, silently, and {part}"
     return error(
         "layout.not-excluded",
         f"{module}.weight",
         f"a module that is kept as it was is listed in {at.settings.key}; this one is not",
         f"{spec.dtype}, without scales{idle}" if spec else f"not stored (tied to the embeddings), without scales{idle}",
-        f"vLLM would cast it to FP8 without a scale, silently, and {part}",
+        effect,
         f"add it to {lists}. {how}",
-    )
-
-
-def _quantized_shard(module: str, linear: ServerLinear, form: Format, at: Expected) -> Iterator[Finding]:
-    weight = at.tensors.get(f"{module}.weight")
-    if weight is not None and weight.dtype != "F8_E4M3":
-        floats = weight.dtype in FLOATS
-        yield error(
-            "layout.weight-dtype", weight.name, "F8_E4M3: vLLM builds this linear quantized", weight.dtype,
-            f"the values would be {'cast to codes as if they had no scale' if floats else 'converted as numbers'}, silently",
-            "quantize it and store F8_E4M3 codes, or exclude the whole fused linear",
-        )  # fmt: skip
-    for kind in form.scales:
-        spec = at.tensors.get(f"{module}.{kind}")
-        if spec is None:
-            yield _missing_scale(f"{module}.{kind}", kind, linear, form, at)
-            continue
-        if kind == "input_scale":
-            yield from scale_shape(spec, ((), (1,)), "one scale for the input")
-        elif weight is not None and len(weight.shape) == 2:
-            yield from scale_shape(spec, form.weight_scale_shapes(weight.shape), f"{form.name} [{' '.join(form.shapes[-1:])}]")
-        # llm-compressor makes its codes with the scale in the model's dtype, so nothing is lost there.
-        yield from scale_dtype(spec, rounded=at.settings.method != "compressed-tensors")
-    for kind in SCALE_KINDS:
-        if kind not in form.scales and f"{module}.{kind}" in at.tensors:
-            yield stray(f"{module}.{kind}", f"{form.name} has none")
-
-
-def _missing_scale(name: str, kind: str, linear: ServerLinear, form: Format, at: Expected) -> Finding:
-    wanted = "F32 []" if kind == "input_scale" or form.granularity == "tensor" else f"F32 [{form.shapes[0].replace(' ', ', ')}]"
-    # A fused linear's parameter has one slot a shard, and for activations the largest counts: one shard's is enough to run.
-    if kind == "input_scale" and any(f"{m}.{kind}" in at.tensors for m in linear.shards):
-        return warning("layout.missing-scale", name, wanted, "not stored", "vLLM takes another shard's", "store it for each")
-    if linear.part == "experts":
-        effect = "vLLM computes with 1.0, silently" + (", for all experts of the layer" if kind == "input_scale" else "")
-    else:
-        effect = "vLLM loads without it and computes with a placeholder (-3.4e38), silently"
-    calibrate = ", with samples that reach it" if kind == "input_scale" else ""
-    return error("layout.missing-scale", name, wanted, "not stored", effect, f"export again{calibrate}")
-
-
-def scale_shape(spec: TensorSpec, shapes: tuple[tuple[int, ...], ...], what: str) -> Iterator[Finding]:
-    """A finding where a scale has none of the shapes."""
-    if spec.shape not in shapes:
-        yield error(
-            "layout.scale-shape", spec.name, " or ".join(str(list(s)) for s in shapes) + f": {what}", str(list(spec.shape)),
-            "vLLM raises an error that does not name the tensor", "store that shape, or declare the format whose scales these are",
-        )  # fmt: skip
-
-
-def scale_dtype(spec: TensorSpec, *, rounded: bool = True) -> Iterator[Finding]:
-    """A finding where a scale is not F32. `rounded`: whether a narrower float has lost digits."""
-    if spec.dtype in _ROUNDED:
-        if rounded:
-            yield warning(
-                "layout.scale-dtype", spec.name, "F32", spec.dtype, f"vLLM widens it, but it was rounded to {spec.dtype} before",
-                "store it as F32",
-            )  # fmt: skip
-    elif spec.dtype == "F64":
-        yield warning(
-            "layout.scale-dtype", spec.name, "F32", spec.dtype, "vLLM rounds it to F32", "store it as F32",
-        )  # fmt: skip
-    elif spec.dtype != "F32":
-        yield error(
-            "layout.scale-dtype", spec.name, "F32", spec.dtype, "vLLM would convert the number and not see a fault",
-            "store it as F32",
-        )  # fmt: skip
-
-
-def stray(name: str, why: str) -> Finding:
-    """A finding for a scale that nobody asks for."""
-    return error(
-        "layout.stray-scale",
-        name,
-        f"no scale: {why}",
-        "stored",
-        "vLLM raises at such a key, and some of its models drop it silently",
-        "remove it, or quantize the module and declare it so",
     )
 
 
 def _shard_width(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
     """Only where config.json does not tell the width; else layout.shape has said it."""
-    specs = [at.tensors[f"{m}.weight"] for m in linear.shards if f"{m}.weight" in at.tensors]
+    specs = [spec for module in linear.shards if (spec := at.codes_of(module)) is not None]
     known = all((p := at.parameters.get(s.name)) is not None and None not in p.shape for s in specs)
     widths = {spec.shape[1] for spec in specs if len(spec.shape) == 2}
     if not known and len(widths) > 1:
@@ -253,10 +194,12 @@ def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
     spec = at.tensors.get(parameter.name)
     module, _, kind = parameter.name.rpartition(".")
     if spec is None:
-        if parameter.required:
-            codes = kind == "weight" and at.format_of(module) is not None
+        if parameter.required and not unconverted(module, at):
+            form = at.format_of(module)
+            codes = form is not None and kind == form.weight
             yield error(
-                "layout.missing-tensor", parameter.name, f"{'F8_E4M3' if codes else 'a tensor'} {_shape(parameter.shape)}",
+                "layout.missing-tensor", parameter.name,
+                f"{form.codes if form and codes else 'a tensor'} {_shape(parameter.shape)}",
                 "not stored", "vLLM would leave the memory as it found it, silently",
                 "export again: the codes belong to the scales" if codes else "take the tensor over from the source",
             )  # fmt: skip
@@ -264,12 +207,12 @@ def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
     fits = len(spec.shape) == len(parameter.shape) and all(
         want in (None, have) for want, have in zip(parameter.shape, spec.shape, strict=True)
     )
-    if not fits:
+    if not fits and not (at.format_of(module) is None and module in at.linears and spec.dtype not in FLOATS):
         yield error(
             "layout.shape", parameter.name, f"{_shape(parameter.shape)}, from config.json", str(list(spec.shape)),
             _shape_effect(parameter, spec, at), "export again, or mend the sizes in config.json",
         )  # fmt: skip
-    if spec.dtype not in FLOATS and (why := _why_unquantized(parameter.name, spec, at)):
+    if spec.dtype not in FLOATS and (why := _why_unquantized(parameter.name, at)):
         yield error(
             "layout.weight-dtype", parameter.name, f"the source's dtype: {why}", spec.dtype,
             "vLLM would convert the codes as if they were values, silently", "take the tensor over from the source unchanged",
@@ -289,14 +232,12 @@ def _shape_effect(parameter: Parameter, spec: TensorSpec, at: Expected) -> str:
     return "vLLM raises"
 
 
-def _why_unquantized(name: str, spec: TensorSpec, at: Expected) -> str:
+def _why_unquantized(name: str, at: Expected) -> str:
     """Why this tensor should have the source's dtype; "" where it need not, or where layout.excluded says it."""
     module, _, kind = name.rpartition(".")
     if module not in at.linears:
         return "this is no linear"
-    if kind == "bias":
-        return "a bias is never quantized"
-    return "this linear is not quantized" if at.format_of(module) is None and not _is_fp8(spec) else ""
+    return "a bias is never quantized" if kind == "bias" else ""
 
 
 def _shape(shape: Iterable[int | None]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope, Split
 from ckptq.validators import Code, Finding, error, has_errors, warning
-from ckptq.validators.formats import MODELOPT_BLOCK, Format
+from ckptq.validators.formats import Format
 from ckptq.validators.servers import DEFAULT, Server
 from ckptq.validators.vllm_rules import ServerLinear, server_name
 
@@ -69,7 +69,6 @@ CODES = {
 
 MOST_RANKS = 64
 _VOCAB_PAD = 64
-_ALIGNED = 16
 _FINEST_BLOCK = 32
 _OTHER_TP = "serve with a --tensor-parallel-size that fits"
 _OTHER_EP = f"{_OTHER_TP}, or with --enable-expert-parallel, which leaves experts whole"
@@ -198,11 +197,7 @@ def _expert_blocks(linear: ServerLinear, form: Format, sizes: list[tuple[int, in
     if per_rank % wanted == 0 or (not gated and tp == 1):
         return
     what = (linear.shards[0], f"an intermediate size per rank that is a multiple of {wanted}", f"{per_rank}")
-    if (
-        form.weight_scale == "weight_scale_inv"
-        and server.refines_moe_blocks
-        and gcd(rows, columns, per_rank, hidden) >= _FINEST_BLOCK
-    ):
+    if form.refined and server.refines_moe_blocks and gcd(rows, columns, per_rank, hidden) >= _FINEST_BLOCK:
         yield warning(
             "parallel.expert-refined", *what, "vLLM cuts the blocks finer, which only its Triton kernels can use: slower", _OTHER_EP
         )  # fmt: skip
@@ -242,28 +237,27 @@ def _linear(cut: _Cut, sizes: list[tuple[int, int]], heads: tuple[int, int] | No
     if cut.form is None:
         return
     if cut.form.block is not None:
-        yield from _blocks(cut, cut.form.block, rows, columns)
-    elif cut.tp > 1 and (sum(rows) % _ALIGNED or columns % _ALIGNED):
+        yield from _blocks(cut, cut.form, cut.form.block, rows, columns)
+    elif cut.tp > 1 and (sum(rows) % cut.form.aligned or columns % cut.form.aligned):
         yield warning(
-            "parallel.alignment", _subject(cut), f"rows and columns per rank that are multiples of {_ALIGNED}",
+            "parallel.alignment", _subject(cut), f"rows and columns per rank that are multiples of {cut.form.aligned}",
             f"{sum(rows)} rows and {columns} columns per rank",
             "vLLM's CUTLASS kernel pads at every call; where it is not built in, torch's kernel refuses at the first request",
             _OTHER_TP,
         )  # fmt: skip
 
 
-def _blocks(cut: _Cut, block: tuple[int, int], rows: list[int], columns: int) -> Iterator[Finding]:
+def _blocks(cut: _Cut, form: Format, block: tuple[int, int], rows: list[int], columns: int) -> Iterator[Finding]:
     """`rows` per rank of each shard, `columns` per rank, against blocks of [rows, columns].
 
     fp8_utils.py validate_fp8_block_shape lets the last block of a linear be partial where nothing follows it, and with one rank
     the columns' too. ModelOpt's FP8_PB_WO wants whole blocks of columns always; its rows nothing validates: linear.py
-    adjust_block_scale_shard rounds a shard's place up, so its scales come to lie beside other rows.
+    adjust_block_scale_shard rounds a shard's place up, so its scales come to lie beside other rows. Groups are parts of one row.
     """
-    modelopt = cut.form == MODELOPT_BLOCK
     followed = rows if cut.split in ("heads", "rows") and cut.tp > 1 else rows[:-1]
     bad = next((n for n in followed if n % block[0]), None)
-    padded = modelopt and cut.server.pads_block_rows
-    if bad is None and modelopt and not padded and sum(rows) % block[0]:
+    padded = form.unchecked_rows and cut.server.pads_block_rows
+    if bad is None and form.unchecked_rows and not padded and sum(rows) % block[0]:
         bad = sum(rows)
     if bad is not None:
         wrong = "vLLM refuses to load it or gives rows the scales of other rows: wrong answers"
@@ -271,7 +265,7 @@ def _blocks(cut: _Cut, block: tuple[int, int], rows: list[int], columns: int) ->
             "parallel.block-rows", _subject(cut), f"rows per shard and rank that are a multiple of {block[0]}", f"{bad} rows",
             wrong if padded else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
         )  # fmt: skip
-    if (modelopt or (cut.split == "columns" and cut.tp > 1)) and columns % block[1]:
+    if (form.whole_columns or (cut.split == "columns" and cut.tp > 1)) and columns % block[1]:
         yield error(
             "parallel.block-columns", _subject(cut), f"columns per rank that are a multiple of {block[1]}", f"{columns} columns",
             _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
@@ -287,7 +281,7 @@ def _uneven(cut: _Cut, what: str, size: int) -> Finding:
 
 def _subject(cut: _Cut) -> str:
     """The stored modules in brief: of several shards the first stands for all."""
-    return f"{cut.linear.shards[0]}.weight"
+    return f"{cut.linear.shards[0]}.{cut.form.weight if cut.form else 'weight'}"
 
 
 def _head_counts(scope: Scope, config: Mapping[str, Any], linear: ServerLinear) -> tuple[int, int] | None:

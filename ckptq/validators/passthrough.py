@@ -1,34 +1,41 @@
-"""The output against its source: what was to stay is byte for byte the same, and what was quantized still says the same."""
+"""The output against its source: what was to stay is byte for byte the same, and what was quantized still says the same.
+
+A weight is called after the source's: `x.weight_packed` is made from `x.weight`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptq.checkpoint import FLOATS, Component, Inventory, Reader, SourceTensor, TensorSpec
 from ckptq.scopes import Scope
+from ckptq.threads import in_order
 from ckptq.validators import Code, Finding, error, sidecars, warning
+from ckptq.validators.coding import FP8, INT8, find_coding, number_of
 from ckptq.validators.likeness import Likeness
-from ckptq.validators.rounding import Coded, Desk, Off, beyond, differing, joined
-from ckptq.validators.scales import block_of, find_grid, read_scales, scale_kind, scale_of
-from ckptq.validators.scan import in_order
+from ckptq.validators.rounding import Coded, Desk, Off, beyond, differing, joined, load
+from ckptq.validators.scales import block_of, scale_kind
 from ckptq.validators.vllm_rules import is_tied, parameters
 
 CODES = {
     "passthrough.missing": Code("a tensor of the source is not in the output"),
     "passthrough.extra": Code("a tensor that is neither the source's nor a scale"),
-    "passthrough.form": Code("a tensor with another shape, or another dtype than FP8 or the source's"),
+    "passthrough.form": Code("a tensor with another shape, or in another dtype than codes or the source's"),
     "passthrough.cast": Code("an unquantized tensor with the source's values in another dtype"),
     "passthrough.bytes": Code("an unquantized tensor whose values differ"),
-    "passthrough.weight-error": Code("a quantized weight further from the source than FP8 rounds"),
+    "passthrough.weight-error": Code("a quantized weight further from the source than its number format rounds"),
 }
 
 PART = 1 << 24
 """Values that one thread compares in one go."""
 TWICE, FEW = 2.0, 0.01
 """Rounding a second time, under a scale beside the first, moves few weights beyond the bound, and none beyond twice the bound."""
+SAMPLE, EVERY = 1 << 20, 16
+"""Of a sample: values in one of its parts, and how many parts there are for each that is compared."""
 _HEAD = "lm_head.weight"
+_PACKED = "weight_packed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +51,20 @@ class Pair:
         return self.ours.spec.name
 
 
-def check(output: Inventory, source: Inventory, scope: Scope, advance: Callable[[int], None] = lambda _: None) -> Iterator[Finding]:
+def check(
+    output: Inventory,
+    source: Inventory,
+    scope: Scope,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    sample: bool = False,
+    proved: Collection[str] = (),
+) -> Iterator[Finding]:
     """All findings against the source. Reads both through fixed buffers; `advance` is told the output's bytes compared.
 
-    The two may spell names after different generations of the architecture.
+    The two may spell names after different generations of the architecture. `sample`: of a quantized tensor only its first and
+    last part and some between are compared. `proved` names tensors of the output that are known to hold the source's bytes: a
+    digest has said so.
     """
     ours, theirs = output.main, source.main
     if other := sidecars.other_model(ours.config, theirs.config, scope):
@@ -65,10 +82,10 @@ def check(output: Inventory, source: Inventory, scope: Scope, advance: Callable[
         advance(sum(t.spec.nbytes for name, t in ours.tensors.items() if name not in originals))
         tensors = _in_file_order(ours, originals)
         for tensor in tensors:
-            yield from _form_findings(tensor.spec, originals[tensor.spec.name].spec)
+            yield from _form_findings(tensor, originals[tensor.spec.name].spec)
         pairs = (_pair(tensor, originals[tensor.spec.name], ours, reader) for tensor in tensors)
         alike = Likeness(theirs.tensors.values(), reader, original)
-        for pair, off in _offs(pairs, reader, original):
+        for pair, off in _offs(_jobs(pairs, {*proved}, sample), reader, original):
             if off is not None:
                 yield _value_finding(pair, off, alike.describe(pair.ours, pair.theirs, pair.coded))
             advance(pair.ours.spec.nbytes)
@@ -77,7 +94,11 @@ def check(output: Inventory, source: Inventory, scope: Scope, advance: Callable[
 def _originals(ours: Component, theirs: Component, scope: Scope) -> dict[str, SourceTensor]:
     """{our name: the source's tensor}, by name, or else by canonical name."""
     canonical = {scope.canonical(name): tensor for name, tensor in theirs.tensors.items()}
-    found = {name: theirs.tensors.get(name, canonical.get(scope.canonical(name))) for name in ours.tensors}
+    called = {name: name.removesuffix("_packed") if name.endswith(f".{_PACKED}") else name for name in ours.tensors}
+    found = {
+        name: theirs.tensors.get(name) or theirs.tensors.get(called[name]) or canonical.get(scope.canonical(called[name]))
+        for name in ours.tensors
+    }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -115,35 +136,34 @@ def _extra(name: str, read: bool) -> Finding:
 
 
 def _pair(tensor: SourceTensor, before: SourceTensor, ours: Component, reader: Reader) -> Pair:
-    scale = scale_of(tensor.spec.name, ours.tensors) if _is_coded(tensor.spec, before.spec) else None
-    grid = find_grid(tensor.spec.shape, scale.spec.shape, block_of(ours.config)) if scale else None
-    values = read_scales(reader, scale) if scale and grid else None
-    return Pair(tensor, before, Coded(values, grid) if grid and values is not None and bool(_all_finite(values)) else None)
+    coding = find_coding(tensor, ours.tensors, block_of(ours.config)) if _is_coded(tensor, before.spec) else None
+    return Pair(tensor, before, load(coding, reader) if coding else None)
 
 
-def _all_finite(values: object) -> bool:
-    import numpy as np
-
-    return bool(np.isfinite(values).all())  # type: ignore[call-overload]
+def _is_coded(ours: SourceTensor, theirs: TensorSpec) -> bool:
+    return number_of(ours) is not None and theirs.dtype in FLOATS
 
 
-def _is_coded(ours: TensorSpec, theirs: TensorSpec) -> bool:
-    return ours.dtype == "F8_E4M3" and theirs.dtype in FLOATS
+def _shape(ours: SourceTensor, theirs: TensorSpec) -> tuple[int, ...]:
+    """Of the weight that is stored, of packed codes too."""
+    number = number_of(ours)
+    return number.shape(ours.spec.shape) if number and theirs.dtype in FLOATS else ours.spec.shape
 
 
 def _comparable(pair: Pair) -> bool:
     ours, theirs = pair.ours.spec, pair.theirs.spec
-    if ours.shape != theirs.shape or not ours.numel:
+    if _shape(pair.ours, theirs) != theirs.shape or not ours.numel:
         return False
     return ours.dtype == theirs.dtype or pair.coded is not None or {ours.dtype, theirs.dtype} <= FLOATS
 
 
-def _form_findings(ours: TensorSpec, theirs: TensorSpec) -> Iterator[Finding]:
-    known = ours.dtype == theirs.dtype or _is_coded(ours, theirs) or {ours.dtype, theirs.dtype} <= FLOATS
-    if ours.shape != theirs.shape or not known:
-        turned = len(ours.shape) > 1 and ours.shape == theirs.shape[::-1]
+def _form_findings(tensor: SourceTensor, theirs: TensorSpec) -> Iterator[Finding]:
+    ours, shape = tensor.spec, _shape(tensor, theirs)
+    known = ours.dtype == theirs.dtype or _is_coded(tensor, theirs) or {ours.dtype, theirs.dtype} <= FLOATS
+    if shape != theirs.shape or not known:
+        turned = len(shape) > 1 and shape == theirs.shape[::-1]
         yield error(
-            "passthrough.form", ours.name, f"{theirs.dtype} {list(theirs.shape)}, or F8_E4M3 of that shape",
+            "passthrough.form", ours.name, f"{theirs.dtype} {list(theirs.shape)}, or codes of that shape, of 4 bits two in a byte",
             f"{ours.dtype} {list(ours.shape)}{', which is transposed' if turned else ''}", "this is not that tensor",
             "convert again from this source, or name the source that it was made from",
         )  # fmt: skip
@@ -154,10 +174,14 @@ def _form_findings(ours: TensorSpec, theirs: TensorSpec) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _offs(pairs: Iterable[Pair], reader: Reader, original: Reader) -> Iterator[tuple[Pair, Off | None]]:
+Job = tuple[Pair, range | None, bool]
+"""(pair, rows of codes or values of a copy, whether it is the pair's last part)"""
+
+
+def _offs(jobs: Iterable[Job], reader: Reader, original: Reader) -> Iterator[tuple[Pair, Off | None]]:
     """What is beyond the bound in each pair, None where nothing is. Large tensors are shared out among threads."""
 
-    def look(job: tuple[Pair, range | None, bool], desk: Desk) -> tuple[Pair, Off | None, bool]:
+    def look(job: Job, desk: Desk) -> tuple[Pair, Off | None, bool]:
         pair, part, last = job
         if part is None:
             return pair, None, last
@@ -166,36 +190,37 @@ def _offs(pairs: Iterable[Pair], reader: Reader, original: Reader) -> Iterator[t
         return pair, off, last
 
     offs: list[Off] = []
-    for pair, off, last in in_order(look, _jobs(pairs), Desk):
+    for pair, off, last in in_order(look, jobs, Desk):
         offs += [off] if off else []
         if last:
             yield pair, joined(offs)
             offs = []
 
 
-def _jobs(pairs: Iterable[Pair]) -> Iterator[tuple[Pair, range | None, bool]]:
-    """(pair, rows of codes or values of a copy, whether it is the pair's last part)."""
+def _jobs(pairs: Iterable[Pair], proved: Collection[str], sample: bool) -> Iterator[Job]:
     for pair in pairs:
-        if not _comparable(pair):
+        if not _comparable(pair) or (pair.coded is None and pair.name in proved):
             yield pair, None, True
             continue
-        end, step = pair.ours.spec.numel, PART
+        end, size = pair.ours.spec.numel, SAMPLE if sample and pair.coded else PART
+        step = size
         if pair.coded is not None:
             grid = pair.coded.grid
-            end, step = grid.rows, max(PART // (grid.columns * grid.high), 1) * grid.high
-            step = min(step, max(PART // grid.columns, 1)) if grid.wide == grid.columns else step
-        for at in range(0, end, step):
-            yield pair, range(at, min(at + step, end)), at + step >= end
+            end, step = grid.rows, max(size // (grid.columns * grid.high), 1) * grid.high
+            step = min(step, max(size // grid.columns, 1)) if grid.wide == grid.columns else step
+        parts = [range(at, min(at + step, end)) for at in range(0, end, step)]
+        if sample and pair.coded:
+            parts = [part for i, part in enumerate(parts) if i % EVERY == 0 or i == len(parts) - 1]
+        yield from ((pair, part, part.stop == parts[-1].stop) for part in parts)
 
 
 def _value_finding(pair: Pair, off: Off, likeness: str) -> Finding:
-    spec = pair.ours.spec
-    place: list[int] = []
-    left = off.first
-    for size in reversed(spec.shape):
+    shape, place = _shape(pair.ours, pair.theirs.spec), list[int]()
+    left, count = off.first, math.prod(shape)
+    for size in reversed(shape):
         left, at = divmod(left, size)
         place.insert(0, at)
-    seen = f"{off.count} of {spec.numel} values are not, first {place}"
+    seen = f"{off.count} of {count} values are not, first {place}"
     if pair.coded is None:
         return error(
             "passthrough.bytes", pair.name, "the source's values", f"{seen}{likeness}",
@@ -203,8 +228,8 @@ def _value_finding(pair: Pair, off: Off, likeness: str) -> Finding:
             "take the tensor over again, or name the source that it was made from",
         )  # fmt: skip
     worst = f", worst {off.worst:.3g} times the limit" if math.isfinite(off.worst) else ""
-    expected = "code * scale within FP8's rounding of the source's weight: 2^-4 of it, or half the smallest step"
-    if off.worst <= TWICE and off.count <= FEW * spec.numel:
+    expected = f"code * scale within {pair.coded.number.name}'s rounding of the source's weight: {_half_step(pair.coded)}"
+    if off.worst <= TWICE and off.count <= FEW * count:
         return warning(
             "passthrough.weight-error", pair.name, expected, f"{seen}{worst}", "these weights were rounded twice, as it seems",
             "encode from the source's own weights",
@@ -213,3 +238,11 @@ def _value_finding(pair: Pair, off: Off, likeness: str) -> Finding:
         "passthrough.weight-error", pair.name, expected, f"{seen}{worst}{likeness}",
         "vLLM computes with another weight than the source's", "convert again, or name the source that it was made from",
     )  # fmt: skip
+
+
+def _half_step(coded: Coded) -> str:
+    if coded.number is FP8:
+        return "2^-4 of it, or half the smallest step"
+    return (
+        "half a step" if coded.number is INT8 else "half a step: a quarter of its scale, half of it from 2 on, all of it from 4 on"
+    )

@@ -1,14 +1,16 @@
-"""Whether codes say what the source's weights said, as exactly as FP8 can: in pieces, in float32."""
+"""Whether codes say what the source's weights said, as exactly as their numbers can: in pieces, in float32."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint import DTYPE_BYTES, Reader, SourceTensor
-from ckptq.validators.scales import Grid
+from ckptq.validators.coding import FP8, INT8, MX_COLUMNS, NVFP4_COLUMNS, Coding, Number, decode
+from ckptq.validators.scales import Grid, group_of, read_part, read_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +28,16 @@ RELATIVE = 2.0**-4 + 2.0**-8
 ABSOLUTE = 2.0**-10 * (1 + 2.0**-4)
 NEAR = (1 << 19) + (1 << 16)
 """Half a step between codes, in units of float32's last bit where the code's last bit is bit 20, and what BF16 may add."""
+BF16_SHARE = 2.0**-8
+"""What BF16 may move a quotient by, as a share of it: twice 2^-9, for its scale may have been rounded too."""
+SMALL_SCALE, CUT = 2.0**-8, 9.0
+"""Down there rounding takes up to half of a group's E4M3 scale: the largest weight over it may be 9, and is cut to the code 6."""
 ROUNDING = {"BF16": (2.0**-8, 1e-40), "F16": (2.0**-11, 2.0**-25), "F32": (2.0**-23, 1e-45), "F64": (2.0**-23, 1e-45)}
 """By how much a value moves that is rounded to a dtype: a share of it, at least this; in float32, in which it is compared."""
 NO_SCALE = 1e-30
 """Stands for a scale of zero: what is not zero over it is then far off."""
+LEAST = 24 * 2.0**-10
+"""The same for an E4M3 scale, which rounds to zero below 2^-10: over it, weights of up to 6 times that are called zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +51,61 @@ class Off:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """How codes are scaled: F32 scales [numel], laid over the weight as `grid` says. value = code * scale."""
+    """How codes are scaled: value = code * scale * whole.
 
-    scales: F32
+    The scales are F32 [numel], or still in their file where they are many. `group`: columns under one that has a byte, or None.
+    """
+
+    number: Number
     grid: Grid
+    scales: F32 | SourceTensor
+    group: int | None = None
+    whole: float = 1.0
 
-    @property
-    def table(self) -> F32:
-        """The scales as [rows, columns] of the grid."""
-        table: F32 = self.scales.reshape(self.grid.shape)
-        return table
+    def over(self, reader: Reader, top: int, bottom: int, left: int, right: int) -> F32:
+        """What codes are multiplied with, F32, in a shape that spreads over [bottom - top, right - left] of the weight.
+
+        The rows lie in one row of blocks, or each has scales of its own.
+        """
+        import numpy as np
+
+        grid, across = self.grid, self.grid.shape[1]
+        low, high = top // grid.high, -(-bottom // grid.high)
+        first, last = left // grid.wide, -(-right // grid.wide)
+        if not isinstance(self.scales, SourceTensor):
+            lines: F32 = self.scales.reshape(grid.shape)[low:high, first:last]
+        elif (first, last) == (0, across):
+            lines = read_part(reader, self.scales, low * across, (high - low) * across).reshape(high - low, across)
+        else:
+            parts = [read_part(reader, self.scales, line * across + first, last - first) for line in range(low, high)]
+            lines = np.stack(parts)
+        with np.errstate(over="ignore"):
+            lines = lines * np.float32(self.whole) if self.whole != 1 else lines
+        if grid.wide >= grid.columns:
+            return lines
+        spread: F32 = np.repeat(lines, grid.wide, axis=1)
+        return spread[:, left - first * grid.wide :][:, : right - left]
 
     def times(self, factor: float) -> Coded:
         """The same under other scales."""
-        import numpy as np
+        return dataclasses.replace(self, whole=self.whole * factor)
 
-        return Coded(self.scales * np.float32(factor), self.grid)
+
+def load(coding: Coding, reader: Reader) -> Coded | None:
+    """The scales of a coding, or None where one that can be held is not finite, or the whole one is no factor."""
+    import numpy as np
+
+    whole = 1.0
+    if coding.whole is not None:
+        found = read_scales(reader, coding.whole)
+        if found is None or len(found) != 1 or not found[0] > 0 or not math.isfinite(found[0]):
+            return None
+        whole = float(1 / found[0] if coding.inverse else found[0])
+    group = group_of(coding.local.spec.dtype)
+    if group is not None and coding.local.spec.numel > PIECE:
+        return Coded(coding.number, coding.grid, coding.local, group, whole)
+    scales = read_scales(reader, coding.local)
+    return Coded(coding.number, coding.grid, scales, group, whole) if scales is not None and np.isfinite(scales).all() else None
 
 
 class Desk:
@@ -68,32 +115,39 @@ class Desk:
         import numpy as np
 
         self.codes, self.raw, self.other = (memoryview(bytearray(n * PIECE)) for n in (1, 8, 8))
-        self.x, self.q, self.limit = (np.empty(PIECE, np.float32) for _ in range(3))
+        self.x, self.q, self.limit, self.spare = (np.empty(PIECE, np.float32) for _ in range(4))
 
 
 def beyond(
     output: tuple[Reader, SourceTensor], source: tuple[Reader, SourceTensor], coded: Coded, rows: range, desk: Desk
 ) -> Off | None:
-    """What is beyond the bound in these rows of a weight, or None. `output` are E4M3 codes, `source` floats of the same shape."""
+    """What is beyond the bound in these rows of a weight, or None. `output` are codes, `source` floats of the weight's shape."""
     import numpy as np
 
     (reader, tensor), (original, before) = output, source
-    width = DTYPE_BYTES[before.spec.dtype]
-    grid, table = coded.grid, np.where(coded.scales == 0, np.float32(NO_SCALE), coded.scales).reshape(coded.grid.shape)
+    width, number, grid = DTYPE_BYTES[before.spec.dtype], coded.number, coded.grid
     found: list[Off] = []
     for top, bottom, left, right in _pieces(grid, rows):
         at, n = top * grid.columns + left, (bottom - top) * (right - left)
-        codes, raw = desk.codes[:n], desk.raw[: n * width]
-        reader.read_into(tensor, at, codes)
+        codes, raw = desk.codes[: n // number.packed], desk.raw[: n * width]
+        reader.read_into(tensor, at // number.packed, codes)
         original.read_into(before, at * width, raw)
-        scale = _scale_over(table, grid, top, bottom, left, right)
-        shape = (bottom - top, right - left)
-        x = desk.x[:n]
+        scale = coded.over(reader, top, bottom, left, right)
+        scale = np.where(scale == 0, np.float32(NO_SCALE if coded.group != NVFP4_COLUMNS else LEAST * coded.whole), scale)
+        x, q = desk.x[:n], desk.q[:n]
+        flat = x.reshape(bottom - top, right - left)
         as_float32(raw, before.spec.dtype, x)
-        if _all_near(x.reshape(shape), codes, scale, desk.q[:n].view(np.int32)):
+        if number is FP8:
+            if _all_near(flat, codes, scale, q.view(np.int32)):
+                continue
+            as_float32(raw, before.spec.dtype, x)
+        with np.errstate(all="ignore"):
+            np.divide(flat, scale, out=flat)
+        decode(codes, q, number)
+        if number is not FP8 and _within(x, q, desk.limit[:n], desk.spare[:n], number):
             continue
-        as_float32(raw, before.spec.dtype, x)
-        wrong = _beyond(x.reshape(shape), codes, scale, desk.q[:n], desk.limit[:n])
+        _cut(flat, coded, scale)
+        wrong = _beyond(x, q, desk.limit[:n], desk.spare[:n], number)
         if wrong is not None:
             found.append(Off(wrong.count, at + wrong.first, wrong.worst))
     return joined(found)
@@ -167,18 +221,6 @@ def _pieces(grid: Grid, rows: range) -> Iterator[tuple[int, int, int, int]]:
         row = bottom
 
 
-def _scale_over(table: F32, grid: Grid, top: int, bottom: int, left: int, right: int) -> F32:
-    """The scales of a piece, in a shape that spreads over [bottom - top, right - left]."""
-    import numpy as np
-
-    lines: F32 = table[top:bottom] if grid.high == 1 else table[top // grid.high :][:1]
-    if grid.wide >= grid.columns:
-        return lines
-    first = left // grid.wide
-    spread: F32 = np.repeat(lines[:, first : -(-right // grid.wide)], grid.wide, axis=1)
-    return spread[:, left - first * grid.wide :][:, : right - left]
-
-
 def _all_near(x: F32, codes: memoryview, scale: F32, bits: I32) -> bool:
     """Whether every code is the nearest one, as far as bits tell; x [rows, columns] is overwritten.
 
@@ -197,36 +239,70 @@ def _all_near(x: F32, codes: memoryview, scale: F32, bits: I32) -> bool:
     return bool(bits.max() <= NEAR and bits.min() >= -NEAR)
 
 
-def _beyond(x: F32, codes: memoryview, scale: F32, q: F32, limit: F32) -> Off | None:
-    """The same question with the bound itself; x [rows, columns], q and limit [rows * columns] are overwritten."""
+def limits(x: F32, number: Number, out: F32) -> None:
+    """out = how far a code's value may be from the quotients x that it stands for: half a step there, and what BF16 adds.
+
+    E2M1's steps are 1/2 below 2, 1 below 4 and 2 above: half of one is a quarter of the power of two below x, which is x without
+    its fraction.
+    """
     import numpy as np
 
-    with np.errstate(all="ignore"):
-        np.divide(x, scale, out=x)
-    flat = x.reshape(-1)
-    decode(codes, q)
+    np.abs(x, out=out)
+    if number is FP8:
+        np.multiply(out, np.float32(RELATIVE), out=out)
+        np.maximum(out, np.float32(ABSOLUTE), out=out)
+    elif number is INT8:
+        np.multiply(out, np.float32(BF16_SHARE), out=out)
+        np.add(out, np.float32(0.5 * (1 + BF16_SHARE)), out=out)
+    else:
+        np.clip(out, 1, 4, out=out)
+        bits = out.view(np.uint32)
+        np.bitwise_and(bits, np.uint32(0x7F800000), out=bits)
+        np.multiply(out, np.float32(0.25 + 2 * BF16_SHARE), out=out)
+
+
+def _within(x: F32, q: F32, limit: F32, spare: F32, number: Number) -> bool:
+    """Whether every code is the nearest one or, where BF16 was in between, nearly so."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        limits(x, number, limit)
+        np.subtract(q, x, out=spare)
+        np.abs(spare, out=spare)
+        return bool((spare <= limit).all())
+
+
+def _cut(x: F32, coded: Coded, scale: F32) -> None:
+    """Sets quotients x [rows, columns] that a scale of a byte can't cover to the largest code, in place.
+
+    MXFP8 and MXFP4: exponents may be rounded down, as the OCP's specification does it, so that up to two powers fall under one.
+    """
+    import numpy as np
+
+    if coded.group is None:
+        return
+    reach = np.float32((2 * coded.number.power if coded.group == MX_COLUMNS else CUT) * (1 + BF16_SHARE))
+    with np.errstate(invalid="ignore"):
+        over = (np.abs(x) > coded.number.top) & (np.abs(x) <= reach)
+        if coded.group == NVFP4_COLUMNS:
+            over &= np.abs(scale) <= np.float32(SMALL_SCALE * 1.01 * coded.whole)
+    np.copyto(x, np.copysign(np.float32(coded.number.top), x), where=over)
+
+
+def _beyond(x: F32, q: F32, limit: F32, spare: F32, number: Number) -> Off | None:
+    """What the codes q are too far from the quotients x; q, limit and spare are overwritten."""
+    import numpy as np
+
     with np.errstate(invalid="ignore"):  # infinity by infinity
-        np.subtract(q, flat, out=q)
+        limits(x, number, limit)
+        np.subtract(q, x, out=q)
         np.abs(q, out=q)
-        np.abs(flat, out=flat)
-        np.multiply(flat, np.float32(RELATIVE), out=limit)
-        np.maximum(limit, np.float32(ABSOLUTE), out=limit)
         wrong = ~(q <= limit)  # a NaN is wrong too
-        if not math.isfinite(flat.max()):
-            wrong |= ~np.isfinite(flat)
+        np.abs(x, out=spare)
+        if not math.isfinite(spare.max()):
+            wrong |= ~np.isfinite(spare)
         count = int(np.count_nonzero(wrong))
         return Off(count, int(wrong.argmax()), float((q[wrong] / limit[wrong]).max())) if count else None
-
-
-def decode(codes: memoryview, out: F32) -> None:
-    """out [n] = the values of n E4M3 codes. A NaN code becomes 480; values.py looks for those. `_all_near` says why it works."""
-    import numpy as np
-
-    bits = out.view(np.int32)
-    np.copyto(bits, np.frombuffer(codes, np.int8))
-    np.left_shift(bits, 20, out=bits)
-    np.bitwise_and(bits, np.uint32(0x87F00000).view(np.int32), out=bits)
-    np.multiply(out, np.float32(2.0**120), out=out)
 
 
 def as_float32(data: memoryview, dtype: str, out: F32) -> None:

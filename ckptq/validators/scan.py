@@ -6,36 +6,29 @@ unsigned integer of a buffer give the largest magnitude, exactly and at the spee
 
 from __future__ import annotations
 
-import collections
-import os
-import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ckptq import digest
 from ckptq.checkpoint import Component, Reader, SourceTensor
-from ckptq.validators.scales import scale_kind
+from ckptq.threads import in_order
+from ckptq.validators.scales import EXPONENTS, scale_kind
 
 if TYPE_CHECKING:
     import numpy as np
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-Job = TypeVar("Job")
-Desk = TypeVar("Desk")
-Result = TypeVar("Result")
 CHUNK = 1 << 20
 """Bytes a read: small enough to stay in the processor's cache while it is looked at."""
-AHEAD = 8
-"""Jobs a thread that wait to be done, or to be looked at."""
-THREADS = 16
-"""At most; a disk or the memory is the limit long before."""
 COUNTED = 8
 """Chunks of a part in which codes at the largest value are all counted; of further ones it is every COUNTED-th."""
+PACKED_COUNTED = 1 << 14
+"""Bytes of packed codes that are counted, of each chunk: counting takes as long a byte as all the rest together."""
 
 # bits of a number, and the bits of infinity or the first NaN without the sign. E4M3 "fn" has no infinity: 0x7F is NaN.
 NUMBERS: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -50,18 +43,23 @@ NUMBERS: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 LARGEST = 0x7E
 """The E4M3 code of 448."""
+LARGEST_INT8 = 127
+_NEXT = {"F8_E4M3": LARGEST - 1, "I8": LARGEST_INT8 - 1}
+"""From which magnitude on a chunk's codes are counted."""
+_COUNTS = ("nan", "largest", "next", "filled")
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a pass found in a tensor, in bits of its dtype; nothing but the digest for dtypes not in NUMBERS.
+    """What a pass found in a tensor, in bits of its dtype; nothing but the digest for dtypes that no weight or scale has.
 
-    top      the largest magnitude
+    top      the largest magnitude; of packed E2M1 codes the largest of those that were counted, and 0 where all codes are zero
     low      the smallest bits, of a scale alone
     signed   whether any number has its sign bit set
     nan      NaN codes of E4M3
-    largest  codes of magnitude 448, and
+    largest  codes of the largest magnitude there is (448, 127, 6), and
     next     codes of the magnitude below it; both about right where there are many
+    filled   packed codes other than zero, about
     digest   "" where none was asked for
     """
 
@@ -71,6 +69,7 @@ class Seen:
     nan: int = 0
     largest: int = 0
     next: int = 0
+    filled: int = 0
     digest: str = ""
 
 
@@ -81,11 +80,6 @@ class _Job:
     tensors: tuple[SourceTensor, ...]
     start: int
     nbytes: int
-
-
-def threads() -> int:
-    """How many threads look at a checkpoint."""
-    return min(THREADS, os.cpu_count() or 1)
 
 
 def scan(
@@ -109,32 +103,6 @@ def scan(
                     yield job.tensors[0], _joined(parts)
                     parts = []
             advance(job.nbytes)
-
-
-def in_order(work: Callable[[Job, Desk], Result], jobs: Iterable[Job], desk: Callable[[], Desk]) -> Iterator[Result]:
-    """work(job, desk) of each job by threads, in the order of the jobs; each thread has a desk. Only a few are ahead.
-
-    numpy, xxhash and the system let go of the interpreter's lock, so threads do share the work.
-    """
-    desks: queue.SimpleQueue[Desk] = queue.SimpleQueue()
-    for _ in range(threads()):
-        desks.put(desk())
-
-    def one(job: Job) -> Result:
-        mine = desks.get()
-        try:
-            return work(job, mine)
-        finally:
-            desks.put(mine)
-
-    waiting: collections.deque[Future[Result]] = collections.deque()
-    with ThreadPoolExecutor(threads()) as pool:
-        for job in jobs:
-            waiting.append(pool.submit(one, job))
-            if len(waiting) > AHEAD * threads():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _jobs(component: Component) -> Iterator[_Job]:
@@ -185,17 +153,27 @@ def _look_at_part(
             total.update(piece)
         count = full < COUNTED or full % COUNTED == 0
         seen.append(_look_at(piece, tensor, scratch, count))
-        full += seen[-1].top >= LARGEST - 1
-        counted += count and seen[-1].top >= LARGEST - 1
+        is_full = seen[-1].top >= _NEXT.get(tensor.spec.dtype, 1 << 64)
+        full += is_full
+        counted += count and is_full
     joined = _merged(seen)
     if counted < full:
-        joined = _replaced_counts(joined, full / counted)
+        joined = _times(joined, full / counted)
     return joined, total.digest() if total is not None else b""
 
 
 def _look_at(piece: memoryview, tensor: SourceTensor, scratch: Bytes, count: bool) -> Seen:
-    bits, _ = NUMBERS.get(tensor.spec.dtype, (0, 0))
-    if not bits or not piece:
+    dtype = tensor.spec.dtype
+    bits, _ = NUMBERS.get(dtype, (0, 0))
+    if not piece:
+        return Seen()
+    if dtype in EXPONENTS and scale_kind(tensor.spec.name):
+        return _exponents(piece)
+    if dtype == "U8":
+        return _packed(piece)
+    if dtype == "I8":
+        return _int8(piece, scratch, count)
+    if not bits:
         return Seen()
     sign = 1 << (bits - 1)
     if len(piece) * 8 == bits:
@@ -217,6 +195,43 @@ def _look_at(piece: memoryview, tensor: SourceTensor, scratch: Bytes, count: boo
     return Seen(top, low, high >= sign, nan, largest, below)
 
 
+def _exponents(piece: memoryview) -> Seen:
+    import numpy as np
+
+    values = np.frombuffer(piece, np.uint8)
+    return Seen(int(values.max()), int(values.min()))
+
+
+def _int8(piece: memoryview, scratch: Bytes, count: bool) -> Seen:
+    import numpy as np
+
+    values = np.frombuffer(piece, np.int8)
+    low, high = int(values.min()), int(values.max())
+    top = max(high, -low)
+    if not count or top < LARGEST_INT8 - 1:
+        return Seen(top, 0, low < 0)
+    sizes, equal = scratch[: len(piece)], scratch[CHUNK : CHUNK + len(piece)].view(np.bool_)
+    np.absolute(values, out=sizes.view(np.int8))  # of -128 it is -128, which is 128 among bytes
+    largest = int(np.count_nonzero(np.greater_equal(sizes, LARGEST_INT8, out=equal)))
+    return Seen(top, 0, low < 0, 0, largest, int(np.count_nonzero(np.equal(sizes, LARGEST_INT8 - 1, out=equal))))
+
+
+def _packed(piece: memoryview) -> Seen:
+    """Of two codes a byte. The largest byte tells whether there is anything but zeros, unless it is made of zeros itself."""
+    import numpy as np
+
+    values = np.frombuffer(piece, np.uint8)
+    if int(values.max()) & 0x77 == 0 and not (values & 0x77).any():
+        return Seen()
+    part = values[:PACKED_COUNTED]
+    bytes_ = np.bincount(part, minlength=256).reshape(16, 16)
+    codes = bytes_.sum(0) + bytes_.sum(1)
+    sizes = codes[:8] + codes[8:]
+    top = max(int(np.flatnonzero(sizes)[-1]), 1)
+    times = len(values) / len(part)
+    return Seen(top, largest=round(sizes[7] * times), next=round(sizes[6] * times), filled=round(sizes[1:].sum() * times))
+
+
 def _ends(code: int, tensor: SourceTensor) -> tuple[int, int, int]:
     """(NaN, largest, next) for a tensor of one code."""
     return (code == 0x7F, code == LARGEST, code == LARGEST - 1) if tensor.spec.dtype == "F8_E4M3" else (0, 0, 0)
@@ -227,18 +242,14 @@ def _merged(seen: Sequence[Seen]) -> Seen:
         max(s.top for s in seen),
         min(s.low for s in seen),
         any(s.signed for s in seen),
-        sum(s.nan for s in seen),
-        sum(s.largest for s in seen),
-        sum(s.next for s in seen),
+        *(sum(getattr(s, name) for s in seen) for name in _COUNTS),
     )
 
 
-def _replaced_counts(seen: Seen, times: float) -> Seen:
-    nan, largest, below = (round(n * times) for n in (seen.nan, seen.largest, seen.next))
-    return Seen(seen.top, seen.low, seen.signed, nan, largest, below)
+def _times(seen: Seen, times: float) -> Seen:
+    return dataclasses.replace(seen, **{name: round(getattr(seen, name) * times) for name in _COUNTS})
 
 
 def _joined(parts: Sequence[tuple[Seen, bytes]]) -> Seen:
     seen = _merged([s for s, _ in parts]) if len(parts) > 1 else parts[0][0]
-    text = digest.join([d for _, d in parts]) if parts[0][1] else ""
-    return Seen(seen.top, seen.low, seen.signed, seen.nan, seen.largest, seen.next, text)
+    return dataclasses.replace(seen, digest=digest.join([d for _, d in parts]) if parts[0][1] else "")

@@ -35,6 +35,14 @@ class Server:
                         model_executor/layers/quantization/modelopt.py QUANT_ALGOS
     algos_alone         those that are recognized in a section without quant_method, as hf_quant_config.json is.
                         transformers_utils/model_arch_config_convertor.py _normalize_quantization_config
+    algos_mixed         those that MIXED_PRECISION builds linears in; it leaves a linear of another as it is.
+                        modelopt.py ModelOptMixedPrecisionConfig.get_quant_method
+    mixed_aliases       MIXED_PRECISION finds a module under a second spelling, too.
+                        modelopt.py ModelOptMixedPrecisionConfig._quantized_layer_prefix_candidates
+    groups_decide       NVFP4 whose config_groups have no input_activations is taken for W4A16_NVFP4.
+                        modelopt.py ModelOptNvFp4Config._from_config
+    unset_noticed       ModelOpt's NVFP4 without its local scales is refused; before, they were what the memory held.
+                        modelopt.py KNvfp4Static.process
     exclude_keys        keys of the exclude list in config.json's own section; the first that is there counts.
                         modelopt.py ModelOptQuantConfigBase.from_config
     head_quantized      ModelOpt quantizes lm_head where the list does not keep it. modelopt.py get_quant_method
@@ -51,6 +59,8 @@ class Server:
                         model_executor/model_loader/weight_utils.py maybe_remap_kv_scale_name
     stored_head_counts  a stored lm_head is loaded although the config calls it tied; before, it was passed over.
                         config/model.py maybe_untie_word_embeddings
+    nvfp4_any_format    compressed-tensors: NVFP4 with activations is known in every `format`, not only in those that quantize
+                        activations. compressed_tensors/compressed_tensors.py _get_scheme_from_parts
     pads_block_rows     FP8_PB_WO takes rows (per rank) that 128 does not divide. modelopt.py _Fp8PbWoPartialBlock
     refines_moe_blocks  native fp8 in blocks: an expert's rows (per rank) that 128 does not divide are taken in finer blocks.
                         model_executor/layers/quantization/fp8.py Fp8MoEMethod
@@ -63,6 +73,10 @@ class Server:
     verified: Verified
     algos: frozenset[str]
     algos_alone: frozenset[str]
+    algos_mixed: frozenset[str]
+    mixed_aliases: bool
+    groups_decide: bool
+    unset_noticed: bool
     exclude_keys: tuple[str, ...]
     head_quantized: bool
     fused_name_listed: bool
@@ -72,6 +86,7 @@ class Server:
     unknown_refused: bool
     attn_kv_names: bool
     stored_head_counts: bool
+    nvfp4_any_format: bool
     pads_block_rows: bool
     refines_moe_blocks: bool
     quark_blocks: bool
@@ -83,6 +98,10 @@ _V20 = Server(
     verified="read",
     algos=_ALGOS,
     algos_alone=_ALONE,
+    algos_mixed=frozenset({"FP8", "NVFP4"}),
+    mixed_aliases=False,
+    groups_decide=False,
+    unset_noticed=False,
     exclude_keys=("ignore",),
     head_quantized=False,
     fused_name_listed=False,
@@ -92,6 +111,7 @@ _V20 = Server(
     unknown_refused=False,
     attn_kv_names=False,
     stored_head_counts=False,
+    nvfp4_any_format=False,
     pads_block_rows=False,
     refines_moe_blocks=False,
     quark_blocks=False,
@@ -101,6 +121,9 @@ _V26 = replace(
     _V20,
     version="0.26",
     algos=_ALGOS | {"W4A16_NVFP4"},
+    algos_mixed=frozenset({"FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"}),
+    mixed_aliases=True,
+    nvfp4_any_format=True,
     head_quantized=True,
     fused_name_listed=True,
     unreached_refused=False,
@@ -112,6 +135,9 @@ _V30 = replace(
     _V26,
     version="0.30",
     verified="loaded",
+    algos_mixed=_ALONE | {"W4A16_NVFP4", "MXFP8"},
+    groups_decide=True,
+    unset_noticed=True,
     fused_regex=True,
     shards_before_class=True,
     stored_head_counts=True,

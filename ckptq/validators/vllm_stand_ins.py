@@ -1,4 +1,4 @@
-"""What vLLM 0.32.0's CPU build lacks to load FP8 checkpoints, stood in for. Runs in the interpreter that has vLLM.
+"""What vLLM 0.32.0's CPU build lacks to load quantized checkpoints, stood in for. Runs in the interpreter that has vLLM.
 
 On any other device nothing of vLLM is touched.
 """
@@ -19,7 +19,8 @@ def stand_in(used: list[str]) -> Iterator[None]:
     """On a CPU, stands in for what vLLM 0.32.0 has for GPUs alone, so that a checkpoint can be loaded here.
 
     scaled_fp8_quant  (_custom_ops.py): x / scale, clamped, to float8_e4m3fn, which fused linears need whose shards differ in scale
-    linear kernels    vLLM's own emulations for NVFP4 and MXFP8, and its torch kernel for FP8 blocks, which loads but can't compute
+    linear kernels    vLLM's own emulations for NVFP4 and MXFP8. For FP8 blocks, MXFP4 and NVFP4 of weights alone, whose kernels
+                      need a GPU, the dequantized weight times activations as they are
     FP8 MoE           no kernel: what its post-processing makes of weights and scales stays vLLM's
 
     Elsewhere it does nothing. `used` gets the names of those that were needed.
@@ -68,28 +69,50 @@ def _stand_in_quant(used: list[str], undo: list[Callable[[], None]]) -> None:
 
 
 def _stand_in_linears(used: list[str], undo: list[Callable[[], None]]) -> None:
+    """Each is called as the kernel of vLLM's that it is made from, and comes last, so that one that can run here is preferred."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.scaled_mm.pytorch import BlockWiseTorchFP8ScaledMMLinearKernel
     from vllm.platforms import PlatformEnum
 
-    def standing_in(kernel: Any) -> Any:
+    def standing_in(kernel: Any, values: Callable[[Any], Any] | None = None) -> Any:
+        """`values` dequantizes a layer's weight where the kernel itself can't compute here: as it was loaded, packed no further."""
+
         def supported(cls: Any, compute_capability: int | None = None) -> tuple[bool, str | None]:
             return True, None
 
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             _use(used, kernel.__name__)
-            kernel.__init__(self, *args, **kwargs)
+            if values is None:
+                kernel.__init__(self, config, *args, **kwargs)
+            self.config = config
 
-        return type(kernel.__name__, (kernel,), {"is_supported": classmethod(supported), "__init__": init})
+        def apply_weights(self: Any, layer: Any, x: Any, bias: Any = None, **kwargs: Any) -> Any:
+            import torch
 
+            assert values is not None
+            return torch.nn.functional.linear(x, values(layer).to(x.dtype), bias)
+
+        def process(self: Any, layer: Any) -> None:
+            pass
+
+        body: dict[str, Any] = {"is_supported": classmethod(supported), "__init__": init}
+        if values is not None:
+            body |= {"can_implement": classmethod(supported), "apply_weights": apply_weights}
+            body |= {} if values is _blocks else {"process_weights_after_loading": process}
+        return type(kernel.__name__, (kernel,), body)
+
+    weight_only = standing_in(linear.MarlinNvFp4LinearKernel, _nvfp4)
+    # init_nvfp4_linear_kernel takes it by this name for weights alone, whatever the table has.
+    _swap(undo, linear, "MarlinNvFp4LinearKernel", weight_only)
     for table, kernel in (
-        ("_POSSIBLE_FP8_BLOCK_KERNELS", BlockWiseTorchFP8ScaledMMLinearKernel),
-        ("_POSSIBLE_NVFP4_KERNELS", linear.EmulationNvFp4LinearKernel),
-        ("_POSSIBLE_MXFP8_KERNELS", linear.EmulationMxfp8LinearKernel),
+        ("_POSSIBLE_FP8_BLOCK_KERNELS", standing_in(BlockWiseTorchFP8ScaledMMLinearKernel, _blocks)),
+        ("_POSSIBLE_NVFP4_KERNELS", standing_in(linear.EmulationNvFp4LinearKernel)),
+        ("_POSSIBLE_MXFP8_KERNELS", standing_in(linear.EmulationMxfp8LinearKernel)),
+        ("_POSSIBLE_MXFP4_KERNELS", standing_in(linear.MarlinMxFp4LinearKernel, _mxfp4)),
     ):
         possible = getattr(linear, table)
         before = possible.get(PlatformEnum.CPU)
-        possible[PlatformEnum.CPU] = [*(before or ()), standing_in(kernel)]
+        possible[PlatformEnum.CPU] = [*(before or ()), kernel]
 
         def restore(possible: Any = possible, before: Any = before) -> None:
             possible.pop(PlatformEnum.CPU)
@@ -97,6 +120,33 @@ def _stand_in_linears(used: list[str], undo: list[Callable[[], None]]) -> None:
                 possible[PlatformEnum.CPU] = before
 
         undo.append(restore)
+
+
+def _blocks(layer: Any) -> Any:
+    """F32 [n, k] of FP8 codes under a scale a block. FP8_PB_WO and compressed-tensors call it weight_scale, fp8 weight_scale_inv."""
+    scale = getattr(layer, "weight_scale_inv", None)
+    scale = layer.weight_scale if scale is None else scale
+    (n, k), (down, across) = layer.weight.shape, getattr(layer, "weight_block_size", None) or (128, 128)
+    return layer.weight.float() * scale.float().repeat_interleave(down, 0)[:n].repeat_interleave(across, 1)[:, :k]
+
+
+def _nvfp4(layer: Any) -> Any:
+    """F32 [n, k] of E2M1 codes under an E4M3 scale a group of 16 and one for all, which both methods make to multiply."""
+    return _e2m1(layer.weight) * layer.weight_scale.float().repeat_interleave(16, 1) * layer.weight_global_scale.float()
+
+
+def _mxfp4(layer: Any) -> Any:
+    """F32 [n, k] of E2M1 codes under a power of two a group of 32."""
+    return _e2m1(layer.weight) * (layer.weight_scale.float() - 127).exp2().repeat_interleave(32, 1)
+
+
+def _e2m1(packed: Any) -> Any:
+    """U8 [n, k / 2], the first of two codes in the low bits, as F32 [n, k]."""
+    import torch
+
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=packed.device)
+    values = torch.cat([magnitudes, -magnitudes])
+    return values[torch.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1).long()]
 
 
 def _stand_in_experts(used: list[str], undo: list[Callable[[], None]]) -> None:

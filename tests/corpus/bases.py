@@ -61,6 +61,15 @@ def _ckptq(name: str, source: str, *settings: str) -> Base:
     return Base(name, "vl", "modelopt", "fp8", "ckptq", source, {"settings": settings}, "scales")
 
 
+def _scheme(name: str, method: Method, scheme: str, *, kv: bool = False) -> Base:
+    """By ckptq, in a scheme of ckptq/schemes.py; `mixed` has FP8 attention and an NVFP4 MLP."""
+    parts = {".self_attn.*": "fp8" if method == "modelopt" else "fp8-dynamic", ".mlp.*": "nvfp4"}
+    rules = parts if scheme == "mixed" else {"": scheme}
+    quantize = [{"modules": f"model.layers.*{where}", "scheme": one} for where, one in rules.items()]
+    settings = (f"quantize={json.dumps(quantize)}", f"export.format={method}", f"kv_cache={'fp8' if kv else 'null'}")
+    return Base(name, "vl", method, scheme, "ckptq", "vl", {"settings": settings}, "scales" if kv else "none")
+
+
 def _modelopt(name: str, source: str, format: str, kv: str | None) -> Base:
     stored: Mapping[str | None, Cache] = {"fp8": "scales", "fp8_cast": "declared", None: "none"}
     return Base(name, _family(source), "modelopt", format, "modelopt", source, {"format": format, "kv": kv}, stored[kv])
@@ -93,11 +102,33 @@ _ALL = (
     _ckptq("vl-modelopt-fp8kv-ckptq-nested", "vl-nested", "export.shard_size=1MB"),
     _ckptq("vl-modelopt-fp8kv-ckptq-deep", "vl-deep"),
     _ckptq("vl-modelopt-fp8kv-ckptq-tied", "vl-tied"),
+    _scheme("vl-modelopt-pcpt-ckptq", "modelopt", "fp8-dynamic"),
+    _scheme("vl-modelopt-pbwo-ckptq", "modelopt", "fp8-block"),
+    _scheme("vl-modelopt-nvfp4kv-ckptq", "modelopt", "nvfp4", kv=True),
+    _scheme("vl-modelopt-w4a16-ckptq", "modelopt", "nvfp4a16"),
+    _scheme("vl-modelopt-mxfp8-ckptq", "modelopt", "mxfp8"),
+    _scheme("vl-modelopt-mixedkv-ckptq", "modelopt", "mixed", kv=True),
+    _scheme("vl-ct-fp8kv-ckptq", "compressed-tensors", "fp8", kv=True),
+    _scheme("vl-ct-dynamic-ckptq", "compressed-tensors", "fp8-dynamic"),
+    _scheme("vl-ct-block-ckptq", "compressed-tensors", "fp8-block"),
+    _scheme("vl-ct-int8-ckptq", "compressed-tensors", "int8"),
+    _scheme("vl-ct-nvfp4kv-ckptq", "compressed-tensors", "nvfp4", kv=True),
+    _scheme("vl-ct-nvfp4a16-ckptq", "compressed-tensors", "nvfp4a16"),
+    _scheme("vl-ct-mxfp8-ckptq", "compressed-tensors", "mxfp8"),
+    _scheme("vl-ct-mxfp4-ckptq", "compressed-tensors", "mxfp4"),
+    _scheme("vl-ct-mixedkv-ckptq", "compressed-tensors", "mixed", kv=True),
+    _scheme("vl-fp8-static-ckptq", "fp8", "fp8"),
+    _scheme("vl-fp8-dynamic-ckptq", "fp8", "fp8-tensor"),
+    _scheme("vl-fp8-block-ckptq", "fp8", "fp8-block"),
     _modelopt("vl-modelopt-fp8kv-peer", "vl", "fp8", "fp8"),
     _modelopt("vl-modelopt-fp8cast-peer", "vl", "fp8", "fp8_cast"),
     _modelopt("vl-modelopt-fp8-peer-tied", "vl-tied", "fp8", None),
     _modelopt("vl-modelopt-pcpt-peer", "vl", "fp8_per_channel_per_token", None),
     _modelopt("vl-modelopt-pbwo-peer", "vl", "fp8_pb_wo", None),
+    _modelopt("vl-modelopt-nvfp4kv-peer", "vl", "nvfp4", "fp8"),
+    _modelopt("vl-modelopt-w4a16-peer", "vl", "w4a16_nvfp4", None),
+    _modelopt("vl-modelopt-mxfp8-peer", "vl", "mxfp8", None),
+    _modelopt("vl-modelopt-mixedkv-peer", "vl", "mixed", "fp8"),
     _modelopt("moe-modelopt-fp8kv-peer", "moe", "fp8", "fp8"),
     _modelopt("moe-modelopt-fp8-peer-mixed", "moe-mixed", "fp8", None),
     _llm_compressor("vl-ct-fp8-peer", "vl", "FP8"),
@@ -107,6 +138,12 @@ _ALL = (
     _llm_compressor("vl-ct-dynamic-peer-files", "vl", "FP8_DYNAMIC", files=True),
     _llm_compressor("vl-ct-dynamic-peer-nested", "vl-nested", "FP8_DYNAMIC", files=True),
     _llm_compressor("vl-ct-block-peer", "vl", "FP8_BLOCK"),
+    _llm_compressor("vl-ct-int8-peer", "vl", "INT8"),
+    _llm_compressor("vl-ct-nvfp4kv-peer", "vl", "NVFP4", kv=True),
+    _llm_compressor("vl-ct-nvfp4a16-peer-files", "vl", "NVFP4A16", files=True),
+    _llm_compressor("vl-ct-mxfp8-peer-files", "vl", "MXFP8", files=True),
+    _llm_compressor("vl-ct-mxfp4-peer-files", "vl", "MXFP4", files=True),
+    _llm_compressor("vl-ct-mixed-peer", "vl", "mixed"),
     _llm_compressor("moe-ct-dynamic-peer", "moe", "FP8_DYNAMIC", files=True),
     _llm_compressor("moe-ct-block-peer", "moe", "FP8_BLOCK", files=True),
     _relabeled("vl-fp8-static-relabeled", "vl", "static", scales="vl-modelopt-fp8kv-peer"),

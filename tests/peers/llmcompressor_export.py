@@ -20,7 +20,7 @@ from typing import Any
 TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
 SAMPLES, LENGTH = 8, 64
 CALIBRATED = ("FP8", "NVFP4", "mixed")
-MIXED = {"re:.*self_attn.*": "FP8_DYNAMIC", "re:.*mlp.*": "NVFP4"}
+MIXED = {"FP8_DYNAMIC": ["re:.*self_attn.*"], "NVFP4": ["re:.*mlp.*"]}
 """What the format `mixed` takes for whom."""
 FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
@@ -35,9 +35,8 @@ def export(job: dict[str, Any]) -> None:
     source, output = Path(job["source"]), Path(job["output"])
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16).eval()
     scheme = FP8_KV if job["kv"] else None
-    targets: Any = MIXED if job["format"] == "mixed" else "Linear"
-    which = {"scheme": {part: [where] for where, part in MIXED.items()}} if targets is MIXED else {"targets": targets, "scheme": job["format"]}
-    modifier = QuantizationModifier(ignore=job["ignore"], kv_cache_scheme=scheme, **which)
+    which = MIXED if job["format"] == "mixed" else {job["format"]: ["Linear"]}
+    modifier = QuantizationModifier(scheme={**which}, ignore=job["ignore"], kv_cache_scheme=scheme)
     tokenizer = AutoTokenizer.from_pretrained(source)
     # The tokenizer in the processor's place: loading that one needs torchvision, and text is all that is shown here.
     settings: dict[str, Any] = {"processor": tokenizer, "pipeline": "datafree"}

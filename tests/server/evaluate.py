@@ -44,6 +44,8 @@ PROMPT = "Describe the image."
 CHUNK = 128
 CONTINUED, CONTINUATION = 4, 16
 E4M3_MAX = 448.0
+# A fixed share of a GPU's memory: several of these processes can have one GPU.
+ON_GPU = {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.05}
 
 
 class LogitsTap:
@@ -79,6 +81,7 @@ class Judge:
             enable_prefix_caching=False,
             limit_mm_per_prompt={"image": 1, "video": 0},
             seed=0,
+            **(ON_GPU if torch.cuda.is_available() else {}),
         )
         self.tokenizer = self.llm.get_tokenizer()
         stored = model / "chat_template.json"

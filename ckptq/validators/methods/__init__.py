@@ -23,6 +23,9 @@ Treatment = Format | Literal["kept", "refused"]
 
 Matcher = Callable[[ServerLinear], Treatment]
 
+MIXED = "MIXED_PRECISION"
+"""ModelOpt's word for settings that name each linear's own algorithm."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

@@ -1,20 +1,20 @@
-"""`quant_method: compressed-tensors`, llm-compressor's words: FP8 weights per tensor, channel or block.
+"""`quant_method: compressed-tensors`, llm-compressor's words: FP8, INT8, NVFP4, MXFP8 and MXFP4, in groups of linears.
 
-Read in vLLM 0.32.0 model_executor/layers/quantization/compressed_tensors/{compressed_tensors,utils}.py and utils/config_utils.py;
-what a strategy means when it is left out, in compressed-tensors 0.17 quantization/quant_args.py QuantizationArgs.
+Read in vLLM 0.32.0 model_executor/layers/quantization/compressed_tensors/{compressed_tensors,utils}.py and utils/config_utils.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope, Split
-from ckptq.validators import Code, Finding, error, expressions, has_errors
+from ckptq.validators import Code, Finding, error, expressions, groups, has_errors
 from ckptq.validators.expressions import Matches
-from ckptq.validators.formats import Format, Granularity, compressed_tensors
+from ckptq.validators.formats import Format
 from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.parallel import split_of
 from ckptq.validators.servers import Server
@@ -31,23 +31,13 @@ CODES = {
     "config.ignore": Code("the ignore list is no list of names", _SOURCE),
     "config.kv-scheme": Code("a KV scheme at which the server stops", _SOURCE + " CompressedTensorsKVCacheMethod"),
 }
-# utils.py is_activation_quantization_format. Only there does get_scheme look for FP8.
-_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "nvfp4-pack-quantized")
-_STRATEGIES = ("tensor", "channel", "block")
-_STATIC = ("channel", "block", "attn_head")
-_ALL_STRATEGIES = (*_STRATEGIES, "token", "group", "tensor_group", "attn_head")
-# compressed-tensors 0.17 quantization/quant_args.py QuantizationArgs, which forbids others.
-_ARGUMENTS = frozenset(
-    ("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype", "zp_dtype",
-     "observer", "observer_kwargs")
-)  # fmt: skip
 _CLASSES = ("Linear", "RoutedExperts", "ParallelLMHead")
 
 
 def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Finding]:
     """Findings on the section."""
-    groups = section.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    parts = section.get("config_groups")
+    if not isinstance(parts, Mapping) or not parts:
         yield error(
             "config.groups",
             f"{file}.config_groups",
@@ -57,19 +47,19 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
             "write the group: targets, weights, input_activations",
         )
         return
-    for name, group in groups.items():
-        yield from _group_findings(group, f"{file}.config_groups.{name}", section.get("format"))
+    for name, group in parts.items():
+        yield from _group_findings(group, f"{file}.config_groups.{name}", section.get("format"), server)
     entries = section.get("ignore", [])
     if not is_names(entries):
         yield error(
             "config.ignore", f"{file}.ignore", "a list of names", spelled(section, "ignore"),
             "vLLM raises, or searches the letters of a text", "write the names as a JSON list",
         )  # fmt: skip
-    yield from expressions.check([*exclude_list(section, "ignore"), *(t for g in groups.values() for t in _targets(g))], file)
+    yield from expressions.check([*exclude_list(section, "ignore"), *(t for g in parts.values() for t in _names(g))], file)
     yield from _kv_findings(section, file)
 
 
-def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding]:
+def _group_findings(group: Any, where: str, top_format: Any, server: Server) -> Iterator[Finding]:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping) or not is_names(group.get("targets")):
         yield error(
@@ -80,54 +70,30 @@ def _group_findings(group: Any, where: str, top_format: Any) -> Iterator[Finding
         arguments = group.get(key)
         if not isinstance(arguments, Mapping):
             continue
-        if unknown := sorted(set(arguments) - _ARGUMENTS):
+        if unknown := sorted(set(arguments) - groups.ARGUMENTS):
             yield error(
                 "config.unknown-key", f"{where}.{key}.{unknown[0]}", "no such key", as_json(arguments[unknown[0]]),
                 "vLLM raises at a key that it does not know", "remove the key",
             )  # fmt: skip
             return
-        if wanted := _wanted(arguments):
+        if wanted := groups.fault(arguments):
             yield error("config.groups", f"{where}.{key}", wanted, as_json(arguments), "vLLM raises", "write what the scales are")
             return
-    if _is_attention(group) or not _is_fp8(weights):
+    found = None if _is_attention(group) else groups.scheme(group, top_format, server)
+    if not isinstance(found, groups.Wanted):
         return
-    said = group.get("format") or top_format
-    if said not in _FORMATS:
+    if found.key == "format":
+        said = group.get("format") or top_format
         yield error(
-            "config.format",
-            f"{where}.format",
-            '"float-quantized", here or for the whole section',
-            as_json(said) if said else "absent",
-            "vLLM finds no scheme and raises",
-            "set format to float-quantized",
-        )
-    inputs = group.get("input_activations")
-    static = isinstance(inputs, Mapping) and not inputs.get("dynamic", False)
-    strategy = _strategy(weights)
-    if strategy not in _STRATEGIES or not weights.get("symmetric", True) or weights.get("dynamic", False):
-        yield error(
-            "config.groups", f"{where}.weights", "static, symmetric, strategy tensor, channel or block", as_json(weights),
-            "vLLM finds no scheme and raises", "name the strategy that the scales are stored for",
+            "config.format", f"{where}.format", found.what, as_json(said) if said else "absent", "vLLM finds no scheme and raises",
+            "set the format to what the tensors are",
         )  # fmt: skip
-    elif strategy == "block" and (static or _block(weights) is None):
+    else:
         yield error(
-            "config.groups", where, "block_structure [rows, columns], and dynamic input_activations", as_json(group),
-            "vLLM raises", "write block_structure [128, 128], and dynamic true for input_activations",
+            "config.groups", f"{where}.{found.key}" if found.key else where, found.what,
+            as_json(group.get(found.key) if found.key else group), "vLLM finds no scheme and raises",
+            "name the strategies that the scales are stored for",
         )  # fmt: skip
-
-
-def _wanted(arguments: Mapping[str, Any]) -> str | None:
-    """What QuantizationArgs would take instead; None where it takes them."""
-    strategy, size = _strategy(arguments), arguments.get("group_size")
-    if strategy not in _ALL_STRATEGIES or (size is not None and type(size) is not int):
-        return "a strategy and a group_size that compressed-tensors knows"
-    if (strategy == "token") > bool(arguments.get("dynamic")) or (strategy in _STATIC and arguments.get("dynamic")):
-        return "dynamic true for strategy token, false for channel and block"
-    if (strategy in ("group", "tensor_group")) != (size is not None and size > 0):
-        return "a positive group_size for strategy group, and for no other"
-    if (strategy == "block") != (arguments.get("block_structure") is not None) or (strategy == "block" and not _block(arguments)):
-        return "block_structure [rows, columns] for strategy block, and for no other"
-    return None
 
 
 def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
@@ -142,29 +108,28 @@ def _kv_findings(section: Mapping[str, Any], file: str) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _targets(group: Any) -> list[str]:
+def _names(group: Any) -> list[str]:
     targets = group.get("targets") if isinstance(group, Mapping) else None
     return [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
 
 
 def _is_attention(group: Mapping[str, Any]) -> bool:
     """from_config leaves such groups out: they speak of the KV cache."""
-    targets = _targets(group)
+    targets = _names(group)
     return len(targets) == 1 and targets[0].endswith("Attention")
 
 
-def _is_fp8(weights: Mapping[str, Any]) -> bool:
-    return (weights.get("type", "int"), weights.get("num_bits", 8)) == ("float", 8)
-
-
-def denied(section: Mapping[str, Any], file: str) -> Finding | None:
-    """A finding where each group says that its weights are no FP8, though such weights are stored; None where one can't be read."""
-    groups = section.get("config_groups")
-    weights = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
-    said = [w for w in weights if isinstance(w, Mapping)]
-    if not said or len(said) < len(weights) or any(map(_is_fp8, said)):
+def denied(section: Mapping[str, Any], file: str, server: Server) -> Finding | None:
+    """A finding where ckptq knows no group's numbers, though FP8 weights are stored; None where a group can't be read."""
+    parts = section.get("config_groups")
+    found = list(parts.values()) if isinstance(parts, Mapping) else []
+    readable = [
+        g for g in found if isinstance(g, Mapping) and isinstance(g.get("weights"), Mapping) and not groups.fault(g["weights"])
+    ]
+    unknown = all(isinstance(groups.scheme(g, section.get("format"), server), groups.Unknown) for g in readable)
+    if not readable or len(readable) < len(found) or not unknown:
         return None
-    types = dict.fromkeys(as_json({key: w.get(key) for key in ("type", "num_bits")}) for w in said)
+    types = dict.fromkeys(as_json({key: g["weights"].get(key) for key in ("type", "num_bits")}) for g in readable)
     return error(
         "config.groups", f"{file}.config_groups", "a group with weights of type float and num_bits 8: such weights are stored",
         ", ".join(types), "vLLM builds another format and takes the codes for its numbers, silently, or finds no scheme and raises",
@@ -172,74 +137,69 @@ def denied(section: Mapping[str, Any], file: str) -> Finding | None:
     )  # fmt: skip
 
 
-def _strategy(weights: Mapping[str, Any]) -> str:
-    otherwise = {None: "tensor", -1: "channel"}
-    said = weights.get("strategy") or otherwise.get(weights.get("group_size"), "group")
-    return str(said).lower()
-
-
-def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    """block_structure as [128, 128] or "128x128"."""
-    said = weights.get("block_structure")
-    if isinstance(said, str):
-        said = [int(n) if n.isdecimal() else n for n in said.split("x")]
-    if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said):
-        return said[0], said[1]
-    return None
-
-
 def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | None:
-    """The settings. Raises UnsupportedError where a group is not FP8."""
+    """The settings. Raises UnsupportedError where a group's numbers, or a class that it names, are not known to ckptq."""
     if has_errors(check(section, file, server)):
         return None
-    strategies = []
+    words = []
     for name, group in section["config_groups"].items():
-        weights = group["weights"]
         if _is_attention(group):
             continue
-        if not _is_fp8(weights) or _strategy(weights) == "group":
+        found = groups.scheme(group, section.get("format"), server)
+        if not isinstance(found, Format):
             raise UnsupportedError(
-                f"{file}.config_groups.{name}: weights of {weights.get('num_bits')} bits, type {weights.get('type')}, strategy "
-                f"{_strategy(weights)} can't be checked yet; what can: FP8 per tensor, channel or block",
+                f"{file}.config_groups.{name}: {found.what} can't be checked yet; what can: FP8, INT8 with quantized activations, "
+                "NVFP4, MXFP8, MXFP4",
                 hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
             )
-        if classes := [t for t in _targets(group) if "." not in t and not t.startswith("re:") and t not in _CLASSES]:
+        if classes := [t for t in _names(group) if "." not in t and not t.startswith("re:") and t not in _CLASSES]:
             raise UnsupportedError(
                 f"{file}.config_groups.{name}.targets: the class {classes[0]!r} can't be checked; what can: {', '.join(_CLASSES)}, "
                 "module names and expressions",
                 hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
             )
-        strategies.append(_strategy(weights))
+        words.append(found.name.removeprefix("compressed-tensors "))
     kv = section.get("kv_cache_scheme") is not None
-    form = ", ".join(dict.fromkeys(strategies))
+    form = "; ".join(dict.fromkeys(words))
     return Settings(
         file, "compressed-tensors", form, exclude_list(section, "ignore"), "ignore", kv, "kv_cache_scheme", section, server
     )
 
 
 def matcher(settings: Settings, scope: Scope) -> Matcher:
-    """Which linears are built quantized: those that a group's targets reach by name or class, and the ignore list does not."""
+    """Which linears are built quantized: those that a group's targets reach by name or class, and the ignore list does not.
+
+    Raises UnsupportedError, when it is asked, for routed experts that are not FP8.
+    """
     packed, split_for, matches = packed_modules(scope), split_of(scope), expressions.matcher()
     ignore = [_mapped(entry, scope) for entry in settings.exclude]
-    linears: dict[str, Treatment] = {}
+    found: dict[str, Treatment] = {}
     routed: dict[str, Treatment] = {}
     for group in settings.section["config_groups"].values():
-        if not _is_attention(group):
-            targets = [_mapped(target, scope) for target in _targets(group)]
-            linears |= dict.fromkeys(targets, _format(group))
-            routed |= dict.fromkeys(targets, _format(group) if _fits_experts(group) else "refused")
+        form = None if _is_attention(group) else groups.scheme(group, settings.section.get("format"), settings.server)
+        if isinstance(form, Format):
+            names = [_mapped(target, scope) for target in _names(group)]
+            found |= dict.fromkeys(names, form)
+            routed |= dict.fromkeys(names, "refused" if groups.is_fp8(form) and not _fits_experts(group) else form)
+    of_linears, of_experts = _targets(found, matches), _targets(routed, matches)
 
     def of_name(name: str, kind: str) -> Treatment:
         ignored = expressions.ignored(name, ignore, matches, packed, settings.server, fused=True)
         if ignored is None:
             return "refused"
-        groups = routed if kind == "RoutedExperts" else linears
-        return "kept" if ignored else _target(name, kind, groups, matches, packed, settings.server)
+        targets = of_experts if kind == "RoutedExperts" else of_linears
+        return "kept" if ignored else _target(name, kind, targets, packed, settings.server)
 
     @functools.cache
     def of_prefix(prefix: str, kind: str, experts: tuple[str, ...]) -> Treatment:
         found = {of_name(f"{prefix}.0.{e}", kind) for e in experts} if experts else {of_name(prefix, kind)}
-        return found.pop() if len(found) == 1 else "refused"
+        treatment = found.pop() if len(found) == 1 else "refused"
+        if kind == "RoutedExperts" and isinstance(treatment, Format) and not groups.is_fp8(treatment):
+            raise UnsupportedError(
+                f"{settings.file}: routed experts in {treatment.name} can't be checked yet; what can: FP8",
+                hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
+            )
+        return treatment
 
     def treat(linear: ServerLinear) -> Treatment:
         # compressed_tensors_moe.py get_moe_method: the projections of expert 0 are asked, and stand for all.
@@ -264,40 +224,54 @@ def _mapped(entry: str, scope: Scope) -> str:
     return server_name(entry, scope) if "." in entry and not entry.startswith("re:") else entry
 
 
-def _target(
-    name: str, kind: str, groups: Mapping[str, Treatment], matches: Matches, packed: Mapping[str, Sequence[str]], server: Server
-) -> Treatment:
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """The groups' targets, in their order. There may be one for each linear, so names are looked up and not compared one by one.
+
+    by_name  of the server's own name: the first target that is it, or whose expression matches it
+    by_class of the class it is built of: a target may be a part of the class's name, whatever the case. "Linear" speaks of routed
+             experts, too: _add_fused_moe_to_target_scheme_map
+    """
+
+    by_name: Callable[[str], Treatment | None]
+    by_class: Callable[[str], Treatment | None]
+    empty: bool
+
+
+def _targets(treatments: Mapping[str, Treatment], matches: Matches) -> _Targets:
+    order = {target: i for i, target in enumerate(treatments)}
+    patterns = [target for target in treatments if target.startswith("re:")]
+    classes = [target for target in treatments if "." not in target or target.startswith("re:")]
+
+    def by_name(name: str) -> Treatment | None:
+        pattern = next((p for p in patterns if matches(name, p)), None)
+        first = min((target for target in (name, pattern) if target in order), key=lambda t: order[t], default=None)
+        return None if first is None else treatments[first]
+
+    def by_class(kind: str) -> Treatment | None:
+        kinds = ("RoutedExperts", "Linear") if kind == "RoutedExperts" else (kind,)
+        return next((treatments[t] for t in classes if (matches(kind, t) if t.startswith("re:") else _inside(t, kinds))), None)
+
+    return _Targets(by_name, by_class, not treatments)
+
+
+def _inside(target: str, kinds: Sequence[str]) -> bool:
+    return any(target.lower() in kind.lower() for kind in kinds)
+
+
+def _target(name: str, kind: str, targets: _Targets, packed: Mapping[str, Sequence[str]], server: Server) -> Treatment:
     """find_matched_target: the name, then all shards of a fused one, then the class; older versions ask for the class before."""
-    by_name = _first(name, groups, matches)
-    by_class = _by_class(kind, groups, matches)
-    by_shards = _by_shards(name, groups, matches, packed)
-    order = (by_name, by_shards, by_class) if server.shards_before_class else (by_name, by_class, by_shards)
-    unreached: Treatment = "refused" if server.unreached_refused and groups and kind != "ParallelLMHead" else "kept"
-    return next((found for found in order if found is not None), unreached)
+    found = targets.by_name(name), _by_shards(name, targets, packed), targets.by_class(kind)
+    order = found if server.shards_before_class else (found[0], found[2], found[1])
+    unreached: Treatment = "refused" if server.unreached_refused and not targets.empty and kind != "ParallelLMHead" else "kept"
+    return next((treatment for treatment in order if treatment is not None), unreached)
 
 
-def _first(name: str, groups: Mapping[str, Treatment], matches: Matches) -> Treatment | None:
-    return next((treatment for target, treatment in groups.items() if matches(name, target)), None)
-
-
-def _by_shards(
-    name: str, groups: Mapping[str, Treatment], matches: Matches, packed: Mapping[str, Sequence[str]]
-) -> Treatment | None:
+def _by_shards(name: str, targets: _Targets, packed: Mapping[str, Sequence[str]]) -> Treatment | None:
     """The first shard's, where each of them is reached."""
     fused = next((key for key in packed if name.endswith(key)), None)
-    found = [_first(name.replace(fused, shard), groups, matches) for shard in packed[fused]] if fused is not None else [None]
+    found = [targets.by_name(name.replace(fused, shard)) for shard in packed[fused]] if fused is not None else [None]
     return found[0] if None not in found else None
-
-
-def _by_class(kind: str, groups: Mapping[str, Treatment], matches: Matches) -> Treatment | None:
-    """A target may be a part of the class's name, whatever the case. "Linear" speaks of routed experts, too:
-    _add_fused_moe_to_target_scheme_map.
-    """
-    kinds = ("RoutedExperts", "Linear") if kind == "RoutedExperts" else (kind,)
-    for target, treatment in groups.items():
-        if matches(kind, target) if target.startswith("re:") else any(target.lower() in k.lower() for k in kinds):
-            return treatment
-    return None
 
 
 def _fits_experts(group: Mapping[str, Any]) -> bool:
@@ -305,11 +279,5 @@ def _fits_experts(group: Mapping[str, Any]) -> bool:
     weights, inputs = group["weights"], group.get("input_activations")
     if not isinstance(inputs, Mapping) or not (inputs.get("dynamic") or inputs.get("symmetric", True)):
         return False
-    return (_strategy(weights), _strategy(inputs)) in (("tensor", "tensor"), ("channel", "token")) or _strategy(weights) == "block"
-
-
-def _format(group: Mapping[str, Any]) -> Format:
-    weights, inputs = group["weights"], group.get("input_activations")
-    static = isinstance(inputs, Mapping) and not inputs.get("dynamic", False)
-    granularity: Granularity = {"channel": "channel", "block": "block"}.get(_strategy(weights), "tensor")  # type: ignore[assignment]
-    return compressed_tensors(granularity, static=static, block=_block(weights) if granularity == "block" else None)
+    pair = groups.strategy(weights), groups.strategy(inputs)
+    return pair in (("tensor", "tensor"), ("channel", "token")) or pair[0] == "block"

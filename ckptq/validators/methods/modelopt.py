@@ -1,6 +1,6 @@
-"""`quant_method: modelopt`, NVIDIA ModelOpt's own words: FP8, FP8_PER_CHANNEL_PER_TOKEN and FP8_PB_WO.
+"""`quant_method: modelopt`, NVIDIA ModelOpt's own words: FP8, NVFP4, MXFP8, and MIXED_PRECISION, which names each linear's own.
 
-Read in vLLM 0.32.0 model_executor/layers/quantization/modelopt.py and utils/quant_utils.py; tests/test_vllm_rules.py compares
+Read in vLLM 0.32.0 model_executor/layers/quantization/modelopt.py and utils/quant_utils.py; tests/test_methods.py compares
 with the real functions.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, error
-from ckptq.validators.formats import MODELOPT_BLOCK, MODELOPT_FP8, MODELOPT_PER_CHANNEL, Format
-from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
+from ckptq.validators import Code, Finding, error, formats, mixed
+from ckptq.validators.formats import NVFP4_GROUP, Format
+from ckptq.validators.methods import MIXED, Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
 
@@ -23,14 +23,28 @@ _SOURCE = "vLLM 0.32.0 model_executor/layers/quantization/modelopt.py ModelOptQu
 CODES = {
     "config.quant-algo": Code("quant_algo is absent, or none that the server knows", _SOURCE),
     "config.exclude-list": Code("the exclude list is no list of names, or has another method's key", _SOURCE),
+    "config.required-key": Code(
+        "a key is absent from the nested form that the server wants there",
+        f"{_SOURCE}, ModelOptNvFp4Config and ModelOptMxFp8Config",
+    ),
+    "config.group-size": Code("a group_size that is not NVFP4's", _SOURCE + "; kernels/linear/nvfp4"),
     "config.kv-cache-scheme": Code(
         "a KV scheme that the server does not take for FP8", "vLLM 0.32.0 utils/torch_utils.py get_kv_cache_quant_algo_string"
     ),
 }
 FORMATS: Mapping[str, Format] = {
-    "FP8": MODELOPT_FP8,
-    "FP8_PER_CHANNEL_PER_TOKEN": MODELOPT_PER_CHANNEL,
-    "FP8_PB_WO": MODELOPT_BLOCK,
+    "FP8": formats.MODELOPT_FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": formats.MODELOPT_PER_CHANNEL,
+    "FP8_PB_WO": formats.MODELOPT_BLOCK,
+    "NVFP4": formats.MODELOPT_NVFP4,
+    "W4A16_NVFP4": formats.MODELOPT_NVFP4_A16,
+    "MXFP8": formats.MODELOPT_MXFP8,
+}
+_GROUPED = ("NVFP4", "W4A16_NVFP4")
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "NVFP4": ("group_size", "kv_cache_quant_algo", "exclude_modules"),
+    "W4A16_NVFP4": ("group_size", "kv_cache_quant_algo", "exclude_modules"),
+    "MXFP8": ("kv_cache_quant_algo", "exclude_modules"),
 }
 _SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 # modelopt.py get_quant_method: kept whatever the list says, for exports of old ModelOpt versions.
@@ -40,10 +54,10 @@ _OLD_TOWERS = ("vision_tower", "vision_model", "vit_large_projector")
 def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Finding]:
     """Findings on the section: config.json's flat form, or the nested one of hf_quant_config.json."""
     body, flat = _body(section)
-    algo = str(body.get("quant_algo") or "").upper()
-    if algo not in (server.algos if flat else server.algos_alone):
+    algo = mixed.algo_of(body)
+    if algo not in _known(section, server):
         yield error(
-            "config.quant-algo", f"{file}.quant_algo", " or ".join(FORMATS), spelled(body, "quant_algo"),
+            "config.quant-algo", f"{file}.quant_algo", " or ".join(sorted(_known(section, server))), spelled(body, "quant_algo"),
             f"vLLM {server.version} raises", "name the algorithm that the tensors are stored for",
         )  # fmt: skip
     key = _exclude_key(section, server)
@@ -59,6 +73,14 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
             f"inside config.json vLLM {server.version} reads `ignore` alone; exclude_modules is hf_quant_config.json's word",
             "rename the key",
         )  # fmt: skip
+    if not flat and (absent := [key for key in _REQUIRED.get(algo, ()) if key not in body]):
+        yield error(
+            "config.required-key", f"{file}.{absent[0]}", f"the keys {', '.join(_REQUIRED[algo])}", "absent", "vLLM raises",
+            "write it: null for a cache in the model's dtype, [] where nothing is excluded",
+        )  # fmt: skip
+    yield from _group_size(body, algo, file)
+    if algo == MIXED:
+        yield from mixed.check(body, file, server)
     said = _kv_said(section)
     if said is not None and not _kv_fp8(said):
         where = "kv_cache_scheme" if isinstance(said, Mapping) else "kv_cache_quant_algo"
@@ -69,41 +91,97 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
         )  # fmt: skip
 
 
-def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | None:
-    """The settings; quant_algo in capitals, as the server compares it. Raises UnsupportedError for one that is not FP8."""
-    body, flat = _body(section)
-    algo, key = str(body.get("quant_algo") or "").upper(), _exclude_key(section, server)
-    if algo not in (server.algos if flat else server.algos_alone) or not is_names(body.get(key, [])):
+def _group_size(body: Mapping[str, Any], algo: str, file: str) -> Iterator[Finding]:
+    """from_config takes what int() takes. All NVFP4 linears of a checkpoint have one: of a mixed one the first that is listed."""
+    said = body.get("group_size")
+    layers = (layer for layer in mixed.layers(body).values() if mixed.algo_of(layer) in _GROUPED) if algo == MIXED else iter(())
+    where = file
+    if said is None and (first := next(layers, None)) is not None:
+        said, where = first.get("group_size"), f"{file}.quantized_layers"
+    counts = algo in _GROUPED or (algo == MIXED and where != file)
+    if said is None or _integer(said) == NVFP4_GROUP or (_integer(said) is not None and not counts):
+        return
+    yield error(
+        "config.group-size", f"{where}.group_size", f"{NVFP4_GROUP}, as NVFP4 has it", as_json(said),
+        "vLLM raises, or makes room for other scales than are stored", f"write {NVFP4_GROUP}, or remove the key",
+    )  # fmt: skip
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
         return None
-    if algo not in FORMATS:
-        raise UnsupportedError(
-            f"{file}: quant_algo {algo} can't be checked yet; what can: {', '.join(FORMATS)}",
-            hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
-        )
+
+
+def _known(section: Mapping[str, Any], server: Server) -> frozenset[str]:
+    """The algorithms that count here: fewer where only the section's form says that it is ModelOpt's."""
+    inner, producer = section.get("quantization"), section.get("producer")
+    if not isinstance(inner, Mapping):
+        return server.algos
+    named = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
+    return server.algos_alone if named or "modelopt_quant_config" in inner else server.algos
+
+
+def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | None:
+    """The settings; quant_algo in capitals. Raises UnsupportedError for codecs in quantized_layers that are no algorithm here."""
+    if any(f.code in _STOPS and f.severity == "error" for f in check(section, file, server)):
+        return None
+    body, flat = _body(section)
+    algo, key = mixed.algo_of(body), _exclude_key(section, server)
+    if algo == MIXED:
+        mixed.refuse_codecs(body, file, tuple(FORMATS))
+    if algo == "NVFP4" and server.groups_decide and _weights_alone(section):
+        algo = "W4A16_NVFP4"
     kv_key = "kv_cache_scheme" if flat else "kv_cache_quant_algo"
     return Settings(file, "modelopt", algo, exclude_list(body, key), key, _kv_fp8(_kv_said(section)), kv_key, section, server)
 
 
-def matcher(settings: Settings, scope: Scope) -> Matcher:
-    """Which linears are built quantized: all that the list does not reach, lm_head among them.
+_STOPS = ("config.quant-algo", "config.exclude-list", "config.required-key", "config.group-size", "config.quantized-layers")
+"""Codes of what makes the server raise before it builds anything."""
 
-    Routed experts are built per tensor with static activations whatever quant_algo says: FusedMoEMethodCls is
-    ModelOptFp8MoEMethod for all three.
+
+def _weights_alone(section: Mapping[str, Any]) -> bool:
+    """Whether there are config groups and none says how activations are quantized. Only then NVFP4 is not what it says."""
+    groups = section.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        return False
+    return all(isinstance(group, Mapping) and group.get("input_activations") is None for group in groups.values())
+
+
+def matcher(settings: Settings, scope: Scope) -> Matcher:
+    """Which linears are built quantized: all that the list does not reach, lm_head among them; of a mixed checkpoint those listed.
+
+    Routed experts are built per tensor with static activations whatever FP8 algorithm is named: FusedMoEMethodCls is
+    ModelOptFp8MoEMethod for all three. Raises UnsupportedError, when it is asked, for those of other algorithms.
     """
-    patterns, packed = server_patterns(settings.exclude, scope), packed_modules(scope)
-    form, server = FORMATS[settings.format], settings.server
+    patterns, packed, server = server_patterns(settings.exclude, scope), packed_modules(scope), settings.server
+    listed = mixed.finder(_body(settings.section)[0], scope, packed, server) if settings.format == MIXED else None
 
     @functools.cache
-    def of_prefix(prefix: str) -> Treatment:
-        return excluded(prefix, patterns, packed, server) or form
+    def of_prefix(prefix: str, part: str) -> Treatment:
+        if kept := excluded(prefix, patterns, packed, server):
+            return kept
+        algo = listed(prefix) if listed else settings.format
+        if algo in (None, MIXED):
+            return "kept" if algo is None else "refused"
+        return _of_experts(algo, settings) if part == "experts" else FORMATS[algo]
 
     def treat(linear: ServerLinear) -> Treatment:
         if linear.part == "head" and not server.head_quantized:
             return "kept"
-        found = of_prefix(linear.prefix)
-        return MODELOPT_FP8 if linear.part == "experts" and isinstance(found, Format) else found
+        return of_prefix(linear.prefix, linear.part)
 
     return treat
+
+
+def _of_experts(algo: str, settings: Settings) -> Format:
+    if not algo.startswith("FP8") or (settings.format == MIXED and algo != "FP8"):
+        raise UnsupportedError(
+            f"{settings.file}: routed experts in {algo} can't be checked yet; what can: FP8",
+            hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
+        )
+    return formats.MODELOPT_FP8
 
 
 def _exclude_key(section: Mapping[str, Any], server: Server) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, expressions, has_errors, warning
-from ckptq.validators.formats import BLOCK, SCALAR, Format, Granularity
+from ckptq.validators.formats import BLOCK, SCALAR, Format, Granularity, fp8
 from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
 from ckptq.validators.servers import Server
 from ckptq.validators.vllm_rules import ServerLinear, packed_modules, server_name
@@ -248,4 +248,4 @@ def _format(config: Config, server: Server) -> Format:
     weight, inputs = _tensors(config, server)
     static, granularity = not inputs.get("is_dynamic"), _GRANULARITIES[weight["qscheme"]]
     name = f"Quark FP8, weight {granularity}, {'static' if static else 'dynamic'} activations"
-    return Format(name, granularity, "weight_scale", _SHAPES[granularity], static, BLOCK if granularity == "block" else None)
+    return fp8(name, granularity, _SHAPES[granularity], static=static, block=BLOCK if granularity == "block" else None)
