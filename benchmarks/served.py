@@ -174,7 +174,7 @@ def about(python: Path) -> dict[str, str]:
 def reason(stderr: str, code: int) -> str:
     """The last error that vLLM raised, in one line."""
     errors = re.findall(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", stderr, re.MULTILINE)
-    return (errors or [f"ended with {code}"])[-1][:300].strip()
+    return str([f"ended with {code}", *errors][-1][:300]).strip()
 
 
 # --- the table ---
@@ -203,7 +203,8 @@ def document(rows: Sequence[Row]) -> str:
 HEAD = """# What a real vLLM made of every format
 
 Written by `python benchmarks/served.py` from `docs/served.json`, which its runs wrote. The example model (9.6 M parameters, trained
-to caption the example scenes) was converted with each shipped recipe and served with nothing of vLLM changed.
+to caption the example scenes) was converted with each shipped recipe and served with nothing of vLLM changed, but
+where a row says so.
 
 - **captions**: greedy captions that are right to the letter.
 - **caption NLL**: mean negative log-likelihood of the right caption, nats a token. **text NLL**: the same of held-out text.
@@ -213,6 +214,9 @@ to caption the example scenes) was converted with each shipped recipe and served
 
 An H200 has no FP4 units. In rows that say *emulated*, vLLM's weight-only kernels were switched off (`VLLM_DISABLED_KERNELS`), so
 that it took its own emulation, which quantizes activations under the stored input scales.
+
+vLLM's CPU build lacks `static_scaled_fp8_quant`, which vLLM calls while it loads FP8 per tensor in two of the formats. In rows that
+say *stand-in*, a reference of `tests/server/evaluate.py` took its place.
 
 """
 COLUMNS = ("recipe", "computed by", "activations", "KV cache", "captions", "caption NLL", "text NLL")

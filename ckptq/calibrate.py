@@ -36,24 +36,24 @@ def calibrate(
     saved: ProgressFile,
     console: Console,
 ) -> dict[Observer, float]:
-    """The amax of every input, K and V observer over all samples.
+    """The amax of every input, K and V observer over all samples, and of every weight that a decoder layer has.
 
     names    what each sample is called, for messages
     encode   sample number -> forward inputs of one unpadded sample, batch dimension 1
     memory   bytes that waiting samples may hold; more samples than fit are taken in waves, whose maxima are merged
     saved    where progress is kept, so that a killed run goes on from the layer it had saved
 
-    Raises DataError for NaN or infinite activations and for an observer that no sample reached.
+    Raises DataError for NaN or infinite weights and activations, and for an observer that no sample reached.
     """
     state = saved.load() or Progress()
     amax = dict(state.amax)
     by_name = {o.name: o for o in observers}
     with torch.inference_mode(), observing(streamed, observers) as seen:
         while state.first < len(names):
-            count = _Wave(streamed, state, names, encode, memory).run(seen, amax, saved, console)
+            count = _Wave(streamed, state, names, encode, memory, seen).run(observers, amax, saved, console)
             state = Progress(first=state.first + count, amax=dict(amax))
             saved.save(state)
-    if unreached := [name for name in by_name if name not in amax]:
+    if unreached := [o.name for o in observers if o.kind != "weight" and o.name not in amax]:
         raise DataError(
             f"{unreached[0]}: no calibration sample reached {by_name[unreached[0]].module} ({len(unreached)} such observers)",
             hint="add samples that use it, or keep the module in the recipe",
@@ -65,13 +65,20 @@ class _Wave:
     """The samples that pass the layers together, from `state.first` on: as many as `memory` holds, at least one."""
 
     def __init__(
-        self, streamed: StreamedModel, state: Progress, names: Sequence[str], encode: Callable[[int], Inputs], memory: int
+        self,
+        streamed: StreamedModel,
+        state: Progress,
+        names: Sequence[str],
+        encode: Callable[[int], Inputs],
+        memory: int,
+        seen: Seen,
     ) -> None:
         self._streamed = streamed
         self._state = state
         self._names = names
         self._encode = encode
         self._memory = memory
+        self._seen = seen
         self._driver = getcurrent()
         self._samples: list[greenlet] = []
         self._hidden: dict[greenlet, torch.Tensor] = {}
@@ -79,9 +86,10 @@ class _Wave:
         self._waiting_bytes = 0
         self._largest_sample = 0
 
-    def run(self, seen: Seen, amax: dict[str, float], saved: ProgressFile, console: Console) -> int:
+    def run(self, observers: Sequence[Observer], amax: dict[str, float], saved: ProgressFile, console: Console) -> int:
         """Runs the wave to the last layer, raising `amax` in place; the number of samples it took."""
-        layers = self._streamed.layers
+        layers, seen = self._streamed.layers, self._seen
+        weights = {f"{o.module}.weight": o.name for o in observers if o.kind == "weight"}
         hooks = [layer.register_forward_pre_hook(self._park, with_kwargs=True) for layer in layers]
         hooks.append(layers[-1].register_forward_hook(self._end))
         try:
@@ -91,6 +99,7 @@ class _Wave:
                 self._skip(finished)
             with console.stage("calibrate", len(layers) - self._state.layer, "layers") as advance:
                 for index in self._each_layer():
+                    amax |= {weights[name]: value for name, value in seen.take_weights().items() if name in weights}
                     for number, sample in enumerate(self._samples):
                         seen.sample = self._state.first + number
                         sample.switch()
@@ -111,7 +120,8 @@ class _Wave:
     def _enter(self, console: Console) -> None:
         """Starts samples up to the first decoder layer: embeddings and vision tower run here, once per sample."""
         first, known = self._state.first, len(self._state.hidden)
-        self._streamed.load_resident()
+        self._streamed.load_resident(self._seen.note_weight)
+        self._seen.take_weights()
         with console.stage("enter", known or len(self._names) - first, "samples") as advance:
             for number in range(first, len(self._names)):
                 # A copy, because memory borrowed from numpy can't be given back by `_free_pixels`.
@@ -150,7 +160,7 @@ class _Wave:
                 slot = coming.result()
                 if index + 1 < len(streamed.layers):
                     coming = pool.submit(streamed.read_layer, index + 1)
-                with streamed.use_layer(index, slot):
+                with streamed.use_layer(index, slot, self._seen.note_weight):
                     yield index
 
     def _park(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

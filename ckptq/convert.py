@@ -20,7 +20,7 @@ from ckptq.cost import Cost
 from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError
 from ckptq.exporters import find_exporter
 from ckptq.journal import RECORD, Journal, ProgressFile
-from ckptq.plan import Plan, Scale, ShardSpec
+from ckptq.plan import Copy, Plan, Scale, ShardSpec
 from ckptq.planner import build_plan
 from ckptq.recipe import Recipe
 from ckptq.reuse import Reused
@@ -143,7 +143,9 @@ def _produce(
         reuse.refuse_other_weights(job.reused, table)
     _write_files(job, journal, record, table, digests)
     source = job.source.root if job.recipe.validation.passthrough else None
-    found = validate.examine(journal.model, source=source, values=job.recipe.validation.values, staged=True, progress=console)
+    copied = [op.output.name for op in job.plan.ops if isinstance(op, Copy)]
+    values = job.recipe.validation.values
+    found = validate.examine(journal.model, source=source, values=values, staged=True, copied=copied, progress=console)
     if errors := [f for f in found.findings if f.severity == "error"]:
         raise DataError(
             f"the output failed validation and was not published:\n{_listed(errors)}",
@@ -197,6 +199,7 @@ def _activations(
 
     from ckptq.calibrate import calibrate
     from ckptq.calibration.encode import Encoder
+    from ckptq.encode import Bench, measure
     from ckptq.streamed import StreamedModel
 
     settings = job.recipe.calibration
@@ -204,9 +207,11 @@ def _activations(
     folder = job.source.root / component.folder
     encoder = Encoder(folder, getattr(settings, "max_pixels", None), settings.sequence_length)
     streamed = StreamedModel(job.source.root, component, job.scope, reader, torch.device(device))
+    for source in streamed.unused:  # calibration looks at all others; what is odd must be known before hours of it
+        measure(source, reader, range(source.spec.numel), Bench(torch.device("cpu")))
     table = calibrate(
         streamed,
-        [o for o in job.plan.observers if o.kind != "weight"],
+        job.plan.observers,
         [sample.name for sample in samples],
         lambda number: encoder.encode(samples[number]),
         waiting,

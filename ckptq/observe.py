@@ -1,4 +1,4 @@
-"""Notes the largest magnitude of what passes chosen places of a transformers model, and changes no value.
+"""Notes the largest magnitude of what passes chosen places of a transformers model, and of its weights, and changes no value.
 
 Inputs are seen by hooks on the linears. K and V are seen where the attention module hands them to the attention function, after
 RoPE and before any repetition of KV heads, which is where ModelOpt 0.47.0 has its quantizers (torch/quantization/plugins/
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ckptq.checkpoint import SourceTensor
+from ckptq.encode import refuse_odd
 from ckptq.errors import DataError, UnsupportedError
 from ckptq.plan import Observer
 from ckptq.streamed import StreamedModel
@@ -25,14 +27,28 @@ class Seen:
     def __init__(self) -> None:
         self.sample = 0
         self._values: dict[Observer, list[tuple[int, torch.Tensor]]] = {}
+        self._weights: list[tuple[SourceTensor, torch.Tensor]] = []
 
     def note(self, observer: Observer, values: torch.Tensor) -> None:
         """Keeps the largest magnitude of `values` (any shape), on its device: fetching it would make a GPU wait."""
-        low, high = torch.aminmax(values)
-        self._values.setdefault(observer, []).append((self.sample, torch.maximum(-low, high)))
+        self._values.setdefault(observer, []).append((self.sample, _largest(values)))
+
+    def note_weight(self, source: SourceTensor, values: torch.Tensor) -> None:
+        """The same of a tensor of the checkpoint, in the dtype that is stored."""
+        if values.is_floating_point() and values.numel():
+            self._weights.append((source, _largest(values).double()))
+
+    def take_weights(self) -> dict[str, float]:
+        """{tensor's name: amax} since the last time. Raises DataError naming a tensor with a NaN or an infinity."""
+        amaxes = torch.stack([amax for _, amax in self._weights]).tolist() if self._weights else []
+        sources = [source for source, _ in self._weights]
+        self._weights.clear()
+        for source, amax in zip(sources, amaxes, strict=True):
+            refuse_odd(source.spec.name, source.file, amax)
+        return {source.spec.name: amax for source, amax in zip(sources, amaxes, strict=True)}
 
     def take(self, names: Sequence[str]) -> dict[Observer, float]:
-        """{observer: amax} since the last time. Raises DataError naming the sample that brought a NaN or an infinity."""
+        """{observer: amax} of activations since the last time. Raises DataError naming the sample that brought NaN or infinity."""
         found: dict[Observer, float] = {}
         for observer, noted in self._values.items():
             values = torch.stack([value for _, value in noted]).tolist()
@@ -45,6 +61,11 @@ class Seen:
             found[observer] = max(values)
         self._values.clear()
         return found
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    low, high = torch.aminmax(values)
+    return torch.maximum(-low, high)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ ALIGNMENT = 64
 class StreamedModel:
     """The model, its decoder layers in order, and what fills each parameter.
 
-    `device` is where layers compute; embeddings and towers are put there too while samples enter.
+    `device` is where layers compute; embeddings and towers are put there too while samples enter. `unused`: stored tensors that
+    no sample reaches, the output head's.
     """
 
     def __init__(self, root: Path, component: Component, scope: Scope, reader: Reader, device: torch.device) -> None:
@@ -44,6 +45,7 @@ class StreamedModel:
         self._layer_sources: list[dict[str, SourceTensor]] = [{} for _ in self.layers]
         self._resident_sources: dict[str, SourceTensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
+        self.unused: list[SourceTensor] = []
         self._assign(component)
         self.layer_bytes = max(sum(_slot(t.spec) for t in sources.values()) for sources in self._layer_sources)
         self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -56,12 +58,17 @@ class StreamedModel:
         """The module that this one is a direct part of: the attention around k_proj."""
         return self._modules[module_of(module_of(self._memory_name[f"{source_module}.weight"]))]
 
-    def load_resident(self) -> None:
-        """Gives real weights to everything but decoder layers and output head, and computes buffers that no file holds."""
+    def load_resident(self, look: Callable[[SourceTensor, torch.Tensor], None] = lambda source, values: None) -> None:
+        """Gives real weights to everything but decoder layers and output head, and computes buffers that no file holds.
+
+        `look` is shown each tensor as it is stored.
+        """
         for name, source in self._resident_sources.items():
             buffer = torch.empty(_slot(source.spec), dtype=torch.uint8)
             self._reader.read_into(source, 0, raw(buffer)[: source.spec.nbytes])
-            _set(self.model, name, typed(buffer, source.spec).to(self.device, self._dtypes[name]))
+            stored = typed(buffer, source.spec).to(self.device)
+            look(source, stored)
+            _set(self.model, name, stored.to(self._dtypes[name]))
         _fill_buffers(self.model, self.device)
 
     def drop_resident(self) -> None:
@@ -89,12 +96,16 @@ class StreamedModel:
         return slot
 
     @contextlib.contextmanager
-    def use_layer(self, index: int, slot: torch.Tensor) -> Iterator[None]:
-        """The layer has its weights, from what `read_layer` returned, until the block ends."""
+    def use_layer(
+        self, index: int, slot: torch.Tensor, look: Callable[[SourceTensor, torch.Tensor], None] = lambda source, values: None
+    ) -> Iterator[None]:
+        """The layer has its weights, from what `read_layer` returned, until the block ends. `look`: see load_resident."""
         names, at = self._layer_sources[index], 0
         for name, source in names.items():
+            stored = typed(slot[at:], source.spec)
+            look(source, stored)
             # As transformers and vLLM load it: what is stored wider than the model computes, a norm in F32 say, is cast.
-            _set(self.model, name, typed(slot[at:], source.spec).to(self._dtypes[name]))
+            _set(self.model, name, stored.to(self._dtypes[name]))
             at += _slot(source.spec)
         try:
             yield
@@ -129,6 +140,7 @@ class StreamedModel:
         for name, tensor in component.tensors.items():
             memory = self._memory_name[name]
             if memory in head:  # stored beside tied embeddings too, where the model has no such parameter
+                self.unused.append(tensor)
                 continue
             if memory not in wanted:
                 raise SourceError(f"{name}: stored, but the model that config.json describes has no {memory}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +70,7 @@ def examine(
     values: bool = True,
     passthrough: bool = True,
     staged: bool = False,
+    copied: Collection[str] | None = None,
     progress: Console | None = None,
     header: Callable[[Path], Header] = read_header,
     server: Server = DEFAULT,
@@ -79,7 +80,9 @@ def examine(
     """Looks for what is wrong with the checkpoint in `folder`.
 
     `source` is the checkpoint that it was made from; without it passthrough is left out. `staged`: the folder is the inside of an
-    unfinished job, looked at before it is published. `header` reads the header of a weight file, where it may lie elsewhere.
+    unfinished job, looked at before it is published. `copied`: tensors whose digest in ckptq.json was taken of the source's bytes;
+    where it is the file's, too, nothing is left to compare, and of quantized tensors a sample is. `header` reads the header of a
+    weight file, where it may lie elsewhere.
     Raises SourceError for a folder that can't be read or is an unfinished conversion, UnsupportedError where no scope fits.
     """
     refuse_unfinished(folder, staged=staged)
@@ -108,7 +111,9 @@ def examine(
             advance(len(digests))
     if source is not None and passthrough:
         with stages.run("passthrough", main.nbytes, "bytes") as advance:
-            findings += _passthrough(inventory, dense_if_fp8(read_inventory(source)), scope, advance)
+            proved = [name for name in copied or () if digests and written and digests[name] == (written.tensors or {}).get(name)]
+            original = dense_if_fp8(read_inventory(source))
+            findings += _passthrough(inventory, original, scope, advance, sample=copied is not None, proved=proved)
     unbuilt = "" if at else "the configs don't say what will be built"
     skipped = {
         "layout": unbuilt,
@@ -203,10 +208,10 @@ def _values(inventory: Inventory, scope: Scope, advance: Advance, digests: dict[
     return values.check(inventory.root, inventory.main, scope, advance, digests)
 
 
-def _passthrough(output: Inventory, source: Inventory, scope: Scope, advance: Advance) -> Iterator[Finding]:
+def _passthrough(output: Inventory, source: Inventory, scope: Scope, advance: Advance, **options: Any) -> Iterator[Finding]:
     from ckptq.validators import passthrough
 
-    return passthrough.check(output, source, scope, advance)
+    return passthrough.check(output, source, scope, advance, **options)
 
 
 def figures(at: Expected) -> dict[str, Any]:

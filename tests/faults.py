@@ -45,7 +45,7 @@ TOO_LONG = 120
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Before the `nth` call (from 1) of kind `op`, or of any kind, in `stage`. A write is done by half first."""
+    """Before the `nth` call (from 1) of kind `op`, or of any kind, in `stage`. A write or a copy is done by half first."""
 
     stage: str
     op: str | None
@@ -190,7 +190,7 @@ def _serve() -> None:
     import ckptq.calibrate
     import ckptq.calibration.coco
     import ckptq.calibration.encode
-    import ckptq.encode
+    import ckptq.pipeline
     import ckptq.render
     import ckptq.validators.passthrough
     import ckptq.validators.values  # noqa: F401
@@ -269,7 +269,7 @@ def _prepare_child(
 
 def _watch(task: dict[str, Any], trace: int) -> None:
     """Wraps the calls through which files change or are read, and the functions where stages begin."""
-    from ckptq import calibrate, convert, encode, hub, validate
+    from ckptq import calibrate, convert, hub, pipeline, validate
     from ckptq.journal import Journal
     from ckptq.streamed import StreamedModel
 
@@ -297,9 +297,8 @@ def _watch(task: dict[str, Any], trace: int) -> None:
 
     begin(hub, "fetch", "fetch")
     begin(Journal, "open", "open")
-    begin(encode, "scan_weights", "scan")
     begin(calibrate, "calibrate", "calibrate")
-    begin(encode, "write_shard", "encode")
+    begin(pipeline, "write_shards", "encode")
     begin(convert, "_write_files", "files")
     begin(validate, "examine", "validate")
     begin(Journal, "publish", "commit")
@@ -321,6 +320,13 @@ def _watch(task: dict[str, Any], trace: int) -> None:
         ("unlink", "unlink"), ("remove", "unlink"), ("rmdir", "rmdir"), ("mkdir", "mkdir"), ("symlink", "symlink"),
     ):  # fmt: skip
         watch(name, op)
+    inner_copy = os.copy_file_range
+
+    def copied(source: int, target: int, count: int, *at: int) -> int:
+        event("copy", _path(target, None), lambda: inner_copy(source, target, count // 2, *at))
+        return inner_copy(source, target, count, *at)
+
+    os.copy_file_range = copied
 
     import builtins
     import io

@@ -315,7 +315,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         [sys.executable, "-m", "ckptq", *command], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("scan: ")
+        assert process.stderr.readline().startswith("enter: ")
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
     assert process.returncode == 130

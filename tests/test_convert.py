@@ -16,6 +16,7 @@ from ckptq.convert import Report, convert, prepare
 from ckptq.errors import DataError, SourceError
 from ckptq.numerics import fp8
 from ckptq.recipe import load_recipe
+from ckptq.schemes import Scheme
 from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.validate import validate_folder
 
@@ -162,9 +163,8 @@ def test_warnings_of_the_plan_are_told_before_anything_runs(
     add_tensor(model := copy_model(tmp_path), "lm_head.bias")  # transformers is stricter with it than the server
     with pytest.raises(SourceError, match=r"config\.json describes has no lm_head\.bias"):
         start(model, tmp_path / "out", Console())
-    first, second, *_ = capfd.readouterr().err.splitlines()
+    (first,) = capfd.readouterr().err.splitlines()
     assert first.startswith("warning: of the planned output: layout.unknown-tensor: lm_head.bias: stored: vLLM has no place ")
-    assert second.startswith("scan: ")
 
 
 def test_an_output_that_would_not_be_served_right_is_not_published(
@@ -172,8 +172,8 @@ def test_an_output_that_would_not_be_served_right_is_not_published(
 ) -> None:
     real = fp8.encode
 
-    def zeros(values: Tensor, scale: float, scratch: Tensor, codes: Tensor) -> None:
-        real(values, scale, scratch, codes)
+    def zeros(values: Tensor, scheme: Scheme, whole: float, codes: Tensor, *others: Any) -> None:
+        real(values, scheme, whole, codes, *others)
         codes.zero_()
 
     monkeypatch.setattr(fp8, "encode", zeros)

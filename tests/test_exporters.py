@@ -20,7 +20,7 @@ from ckptq import __version__
 from ckptq.checkpoint import read_inventory
 from ckptq.errors import RecipeError
 from ckptq.exporters import find_exporter
-from ckptq.plan import Copy, Plan
+from ckptq.plan import Copy, Encode, Plan, module_of
 from ckptq.planner import build_plan
 from ckptq.recipe import Recipe, load_recipe, shipped
 from ckptq.scopes import find_scope
@@ -107,18 +107,35 @@ PEERS = {
     "vl-modelopt-fp8kv-peer": "qwen25vl-lm-fp8",
     "vl-modelopt-pcpt-peer": "qwen25vl-lm-fp8-dynamic-modelopt",
     "vl-modelopt-pbwo-peer": "qwen25vl-lm-fp8-block-modelopt",
+    "vl-modelopt-nvfp4kv-peer": "qwen25vl-lm-nvfp4-modelopt",
+    "vl-modelopt-w4a16-peer": "qwen25vl-lm-nvfp4a16-modelopt",
+    "vl-modelopt-mxfp8-peer": "qwen25vl-lm-mxfp8-modelopt",
+    "vl-modelopt-mixedkv-peer": "qwen25vl-lm-mixed-modelopt",
     "vl-ct-fp8kv-peer": "qwen25vl-lm-fp8-compressed-tensors",
     "vl-ct-dynamic-peer": "qwen25vl-lm-fp8-dynamic-compressed-tensors",
     "vl-ct-block-peer": "qwen25vl-lm-fp8-block-compressed-tensors",
+    "vl-ct-int8-peer": "qwen25vl-lm-int8-compressed-tensors",
+    "vl-ct-nvfp4kv-peer": "qwen25vl-lm-nvfp4-compressed-tensors",
+    "vl-ct-nvfp4a16-peer-files": "qwen25vl-lm-nvfp4a16-compressed-tensors",
+    "vl-ct-mxfp8-peer-files": "qwen25vl-lm-mxfp8-compressed-tensors",
+    "vl-ct-mxfp4-peer-files": "qwen25vl-lm-mxfp4-compressed-tensors",
+    "vl-ct-mixed-peer": "qwen25vl-lm-mixed-compressed-tensors",
 }
 """{export of ModelOpt or llm-compressor: the recipe for the same}."""
+
+
+def both(base: str) -> tuple[Plan, Path]:
+    """Our plan for the peer's source, with an FP8 KV cache where the peer wrote one, and the peer's folder."""
+    kv_cache = "fp8" if BASES[base].kv == "scales" else "null"
+    return plan(load_recipe(PEERS[base], [f"kv_cache={kv_cache}"]), BASES[base].source), folder(base)
 
 
 @pytest.mark.parametrize("base", PEERS)
 def test_the_tensors_are_those_of_the_peer(base: str) -> None:
     """Deliberate: scales are F32 where llm-compressor rounds them to the model's BF16."""
-    ours = {spec.name: (spec.dtype, spec.shape) for spec in plan(load_recipe(PEERS[base]), BASES[base].source).tensors.values()}
-    theirs = {name: (t.spec.dtype, t.spec.shape) for name, t in read_inventory(folder(base)).main.tensors.items()}
+    made, peer = both(base)
+    ours = {spec.name: (spec.dtype, spec.shape) for spec in made.tensors.values()}
+    theirs = {name: (t.spec.dtype, t.spec.shape) for name, t in read_inventory(peer).main.tensors.items()}
     rounded = {name for name, (dtype, _) in theirs.items() if dtype == "BF16" and ours.get(name, ("",))[0] == "F32"}
     assert not rounded or BASES[base].method == "compressed-tensors"
     assert all(re.search(r"\.(weight|input|k|v)_scale$", name) for name in rounded)
@@ -127,20 +144,39 @@ def test_the_tensors_are_those_of_the_peer(base: str) -> None:
 
 @pytest.mark.parametrize("base", PEERS)
 def test_the_section_says_what_the_peers_says(base: str) -> None:
-    """Deliberate: what is ignored is said by the parts' names, and what a reader assumes anyway is left out."""
-    ours = json.loads(plan(load_recipe(PEERS[base]), BASES[base].source).files["config.json"])["quantization_config"]
-    theirs = json.loads((folder(base) / "config.json").read_text())["quantization_config"]
+    """Deliberate: what stays and what a group takes is said in fewer words, and what a reader assumes anyway is left out.
+
+    ModelOpt 0.47.0 has group_size in hf_quant_config.json alone, and config_groups that vLLM 0.32.0 reads for plain NVFP4 alone.
+    """
+    made, peer = both(base)
+    ours = json.loads(made.files["config.json"])["quantization_config"]
+    theirs = json.loads((peer / "config.json").read_text())["quantization_config"]
+    linears = [module_of(op.source) for op in made.ops if isinstance(op, Encode)]
     for section in (ours, theirs):
-        for told_otherwise in ("ignore", "producer", "version"):
-            section.pop(told_otherwise, None)
+        for otherwise in ("ignore", "producer", "version"):
+            section.pop(otherwise, None)
+        if section["quant_method"] == "modelopt":
+            section.pop("group_size", None)
+            section["quant_algo"] = section["quant_algo"].upper()
+        if section.get("quant_algo") in ("W4A16_NVFP4", "MIXED_PRECISION"):
+            section.pop("config_groups", None)
+        groups = [
+            {**group, "targets": [m for m in linears if any(targets(t, m) for t in group["targets"])]}
+            for group in section.pop("config_groups", {}).values()
+        ]
+        section["groups"] = sorted((meaning(group) for group in groups), key=str)
     assert meaning(ours) == meaning(theirs)
 
 
+def targets(target: str, module: str) -> bool:
+    """Whether a group's target takes the linear (compressed-tensors 0.17 utils/match.py)."""
+    return target in ("Linear", module) or (target.startswith("re:") and re.match(target[3:], module) is not None)
+
+
 def meaning(section: Any) -> Any:
-    """The section less what says nothing: null, empty, and a default of compressed-tensors 0.17 quantization/quant_args.py."""
-    defaults = {"observer": ("minmax", "memoryless_minmax", "static_minmax"), "observer_kwargs": ({},)}
+    """The section less what says nothing: null, empty, and how a maker looked for its scales."""
     if isinstance(section, Mapping):
-        inner = {key: meaning(value) for key, value in section.items() if value not in defaults.get(key, ())}
+        inner = {key: meaning(section[key]) for key in sorted(section) if key != "observer"}
         return {key: value for key, value in inner.items() if value not in (None, {}, [])}
     return section
 
@@ -163,10 +199,10 @@ SPLIT = [{"modules": "*.k_proj", "scheme": "fp8-dynamic"}, {"modules": "model.la
         ("fp8", "fp8", {"kv_cache": "fp8"}, r"kv_cache: .*can't declare.*remove kv_cache"),
         ("int8", "fp8", {}, r"scheme int8: the format fp8 has none.*fp8, fp8-tensor, fp8-block.*another export\.format"),
         ("fp8", "fp8", {"quantize": MIXED}, r"schemes fp8-tensor, fp8-block: .*one activation_scheme.*give all of them one scheme"),
-        ("int8", "modelopt", {}, r"scheme int8: ModelOpt's format has none.*choose one of those"),
-        ("mxfp4", "modelopt", {}, r"scheme mxfp4: ModelOpt's format has none.*choose one of those"),
-        ("fp8-tensor", "modelopt", {}, r"scheme fp8-tensor: ModelOpt's format has none.*choose one of those"),
-        ("fp8-tensor", "compressed-tensors", {}, r"scheme fp8-tensor: compressed-tensors has none.*choose one of those"),
+        ("int8", "modelopt", {}, r"scheme int8: the format modelopt has none.*choose one of those"),
+        ("mxfp4", "modelopt", {}, r"scheme mxfp4: the format modelopt has none.*choose one of those"),
+        ("fp8-tensor", "modelopt", {}, r"scheme fp8-tensor: the format modelopt has none.*choose one of those"),
+        ("fp8-tensor", "compressed-tensors", {}, r"scheme fp8-tensor: the format compressed-tensors has none.*choose one of those"),
         (
             "nvfp4a16",
             "compressed-tensors",

@@ -32,14 +32,14 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from ckptq.calibrate import calibrate
-from ckptq.checkpoint import INDEX, STAGING, Reader
+from ckptq.checkpoint import INDEX, STAGING, Reader, TensorSpec
 from ckptq.cli import main
 from ckptq.console import Console
 from ckptq.convert import prepare
-from ckptq.encode import group_scale
+from ckptq.encode import stored_value
 from ckptq.errors import DataError
 from ckptq.journal import ProgressFile
-from ckptq.plan import Observer
+from ckptq.plan import Observer, Scale
 from ckptq.recipe import load_recipe
 from ckptq.streamed import StreamedModel
 from ckptq.validate import validate_folder
@@ -258,7 +258,7 @@ def test_broken_source(ckptq: Ckptq, tmp_path: Path, fault: str) -> None:
     ],
 )
 def test_weight_that_is_not_finite(ckptq: Ckptq, tmp_path: Path, tensor: str, value: float, what: str) -> None:
-    """In any tensor, quantized or not: found in the first pass, before calibration."""
+    """In any tensor, quantized or not: of the head before calibration, of the others by the time they are in memory."""
     source, out = copy_example(tmp_path / "source"), tmp_path / "out"
     change(source, tensor, spoil(value))
     for attempt in ("", "--resume"):
@@ -374,7 +374,7 @@ def test_scale_of_an_observer_that_no_sample_reached() -> None:
     """Never a silent 1.0, not even from an amax table that lacks it."""
     here, there = Observer("model.layers.0.mlp.down_proj", "input", 0), Observer("model.layers.1.mlp.down_proj", "input", 1)
     with pytest.raises(DataError, match=r"^model\.layers\.1\.mlp\.down_proj\.input_amax: no calibration sample reached"):
-        group_scale({here: 1.0}, (here, there))
+        stored_value(Scale((here, there), 448.0, TensorSpec("s", "F32", ())), {here: 1.0})
 
 
 def test_existing_output_is_refused(ckptq: Ckptq, tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_disk_too_small(ckptq: Ckptq, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("room", "file"),
-    [(1_000, "job.json"), (2_000, "weights.json"), (50_000, "calibration.safetensors"), (1_000_000, "model/model-00001-of-00005")],
+    [(1_000, "job.json"), (50_000, "calibration.safetensors"), (1_000_000, "model/model-00001-of-00005")],
 )
 def test_no_room_for_a_file(runs: Runs, whole: dict[str, bytes], tmp_path: Path, room: int, file: str) -> None:
     """In the middle of a write. With room, --resume goes on."""
@@ -539,7 +539,7 @@ def test_interrupted(tmp_path: Path) -> None:
 def test_interrupted_again_says_the_same(runs: Runs, tmp_path: Path) -> None:
     """--resume is not added twice, and a command that can't be resumed gets no such hint."""
     out = tmp_path / "out"
-    ended = runs.start(arguments(out, "--resume"), kill=Kill("scan", "read", 5, signal.SIGINT)).end()
+    ended = runs.start(arguments(out, "--resume"), kill=Kill("encode", "read", 5, signal.SIGINT)).end()
     assert ended.code == 130
     assert ended.err.count("--resume") == 1
 
@@ -569,7 +569,7 @@ def hub_server() -> Iterator[HubServer]:
         yield server
 
 
-@pytest.mark.parametrize("stage", ["open", "scan", "encode", "files", "validate", "commit"])
+@pytest.mark.parametrize("stage", ["open", "calibrate", "encode", "files", "validate", "commit"])
 def test_interrupted_in_any_stage(runs: Runs, whole: dict[str, bytes], tmp_path: Path, stage: str) -> None:
     out = tmp_path / "out"
     ended = runs.start(arguments(out), kill=Kill(stage, None, 4, signal.SIGINT)).end()

@@ -20,8 +20,8 @@ from ckptq.scopes import Scope
 from ckptq.scopes.qwen2_5_vl import SCOPE as VL
 from ckptq.scopes.qwen3_moe import SCOPE as MOE
 from ckptq.validators import Stored, configs, expressions, has_errors
-from ckptq.validators.formats import Format
-from ckptq.validators.methods import Treatment, find_method, known
+from ckptq.validators.formats import SCALAR, Format, Scales
+from ckptq.validators.methods import Method, Treatment, find_method, known
 from ckptq.validators.parallel import split_of
 from ckptq.validators.servers import DEFAULT, SERVERS, Server
 from ckptq.validators.vllm_rules import ServerLinear, server_linears
@@ -32,6 +32,7 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
     "vl": {"text_config": {"num_hidden_layers": 11}, "vision_config": {"depth": 2}},
     "moe": {"num_hidden_layers": 11, "num_experts": 2, "mlp_only_layers": [1]},
 }
+DTYPES = {"F32": "float32", "F8_E4M3": "float8_e4m3fn", "I8": "int8", "U8": "uint8"}
 ROWS, COLUMNS = 128, 256  # of every shard in tests/server/answers.py
 Section = dict[str, Any]
 
@@ -61,29 +62,36 @@ def described(treatment: Treatment, linear: ServerLinear, scope: Scope) -> Any:
     if not isinstance(treatment, Format):
         return treatment
     if linear.part == "experts":
-        return [treatment.granularity, "static" if treatment.input_scale else "dynamic"]
+        return [treatment.granularity, "static" if "input_scale" in treatment.kinds else "dynamic"]
     shards = {"qkv": 3, "gate_up": 2}.get(kind(linear, scope), 1)
-    scale: list[int] = [shards]
-    if treatment.granularity != "tensor":
-        rows, columns = treatment.block or (1, 1)
-        sizes = {"n": shards * ROWS, "nb": shards * math.ceil(ROWS / rows), "kb": math.ceil(COLUMNS / columns), "1": 1}
-        (shape,) = treatment.shapes
-        scale = [sizes[word] for word in shape.split()]
-    found = {"weight": ["float8_e4m3fn", [shards * ROWS, COLUMNS]], treatment.weight_scale: ["float32", scale]}
-    return found | ({"input_scale": ["float32", [shards]]} if treatment.input_scale else {})
+    rows, columns = treatment.block or (1, 1)
+    sizes = {"n": shards * ROWS, "nb": shards * math.ceil(ROWS / rows), "kb": math.ceil(COLUMNS / columns), "1": 1}
+
+    def shape(scales: Scales) -> list[int]:
+        if scales.shapes == SCALAR:
+            return [1 if scales.unset == "one" else shards]
+        (words,) = scales.shapes
+        return [sizes[word] for word in words.split()]
+
+    codes = {treatment.weight: [DTYPES[treatment.codes], [shards * ROWS, COLUMNS // treatment.packed]]}
+    dropped = {name: ["bfloat16", [shards]] for name in treatment.dropped}  # torch's default dtype there
+    return codes | {scales.kind: [DTYPES[scales.dtype], shape(scales)] for scales in treatment.scales} | dropped
 
 
 def ours(family: str, section: Section, server: Server = DEFAULT) -> list[Any] | str:
     """What ckptq says of each linear, or "refused" of the section."""
-    method = find_method(section["quant_method"])
-    assert method is not None
-    findings = list(method.check(section, "config.json", server))
-    found = method.read(section, "config.json", server)
+    found, findings = configs.read(Stored({"quantization_config": section}, None, {}), SCOPES[family], server)
     if found is None:
         assert has_errors(findings)
         return "refused"
-    treat = method.matcher(found, SCOPES[family])
+    treat = find(found.method).matcher(found, SCOPES[family])
     return [described(treat(linear), linear, SCOPES[family]) for linear in LINEARS[family]]
+
+
+def find(name: str) -> Method:
+    method = find_method(name)
+    assert method is not None
+    return method
 
 
 def theirs(family: str, section: Section) -> list[Any] | str:
@@ -196,6 +204,70 @@ def modelopt_sections() -> Iterator[Section]:
     yield {**modelopt(), "ignore": None}
     yield {**modelopt(), "ignore": "visual*"}
     yield {**modelopt(), "ignore": ["visual*", 1]}
+    yield from modelopt_numbers()
+    yield from mixed_sections()
+
+
+def modelopt_numbers() -> Iterator[Section]:
+    """NVFP4 and MXFP8, in both files' forms."""
+    kept = ("lm_head", "visual*", "model.layers.*.mlp.experts*")
+    for name in (*configs.MODELOPT, "modelopt_other", "ModelOpt"):
+        for algo in ("FP8", "NVFP4", "w4a16_nvfp4", "W4A16_NVFP4", "MXFP8", "FP8_PB_WO", "NVFP4_AWQ", "MIXED_PRECISION"):
+            yield {**modelopt(*kept, algo=algo), "quant_method": name}
+    one, other = {"weights": {}, "input_activations": {"num_bits": 4}}, {"weights": {}, "input_activations": None}
+    for groups in ({"a": one}, {"a": other}, {"a": one, "b": other}, {"a": {}}, {}, [], None, {"a": None}):
+        for algo in ("NVFP4", "MXFP8", "FP8"):
+            yield modelopt(*kept, algo=algo, config_groups=groups)
+    for size in (16, "16", None, "x", 16.0, [16]):  # others fit no kernel, which is asked later
+        yield modelopt(*kept, algo="NVFP4", group_size=size)
+        yield modelopt(*kept, algo="MXFP8", group_size=size)
+        yield modelopt(*kept, algo="FP8", group_size=size)
+    for algo in ("NVFP4", "W4A16_NVFP4", "MXFP8", "FP8", "MIXED_PRECISION", "FP8_PER_CHANNEL_PER_TOKEN"):
+        nested: Section = {"quant_algo": algo, "group_size": 16, "kv_cache_quant_algo": None, "exclude_modules": list(kept)}
+        yield {"producer": {"name": "modelopt"}, "quantization": nested}
+        yield {"quantization": {**nested, "modelopt_quant_config": {}}}
+        yield {"quant_method": "modelopt", "quantization": nested}
+        for absent in ("group_size", "kv_cache_quant_algo", "exclude_modules"):
+            yield {"producer": {"name": "modelopt"}, "quantization": {k: v for k, v in nested.items() if k != absent}}
+
+
+def listed(*names: str, algo: Any = "NVFP4", **more: Any) -> dict[str, Any]:
+    return {name: {"quant_algo": algo, **more} for name in names}
+
+
+def mixed(layers: Any, *ignore: str, **more: Any) -> Section:
+    return modelopt(*ignore, algo="MIXED_PRECISION", quantized_layers=layers, **more)
+
+
+def mixed_sections() -> Iterator[Section]:
+    down = "model.layers.0.mlp.down_proj"
+    for names in NAMES:
+        yield mixed(listed(*names, down))
+        yield mixed(listed(*QKV, down, *GATE_UP, "visual.blocks.0.attn.qkv", "lm_head", algo="FP8"), *names)
+    for algo in (
+        "FP8",
+        "fp8",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "FP8_PB_WO",
+        "NVFP4",
+        "W4A16_NVFP4",
+        "MXFP8",
+        "NVFP4_AWQ",
+        "",
+        "MIXED_PRECISION",
+    ):
+        yield mixed(listed(*QKV, down, algo=algo))
+        yield mixed({**listed(*QKV[:2]), **listed(QKV[2], algo=algo)})
+    for size in (16, None, "16"):
+        yield mixed(listed(*QKV, group_size=size))
+        yield mixed(listed(*QKV, algo="FP8", group_size=size))
+        yield mixed({**listed(down), **listed(*QKV, group_size=size)})
+        yield mixed(listed(*QKV), group_size=size)
+    for layers in (None, {}, [], "x", {down: None}, {down: {}}, {down: {"quant_algo": None}}, {down: "FP8"}):
+        yield mixed(layers)
+    yield {"quant_method": "modelopt", "quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": listed(*QKV)}}
+    yield {"quant_method": "modelopt", "quantization": {"quant_algo": "MIXED_PRECISION"}}
+    yield {**mixed(listed(*QKV)), "quant_method": "modelopt_mixed"}
 
 
 def fp8_sections() -> Iterator[Section]:
@@ -255,6 +327,59 @@ def compressed_sections() -> Iterator[Section]:
     yield compressed(config_groups={"group_0": {**group(), "targets": None}})
     yield compressed(ignore="absent")
     yield compressed(ignore=None)
+    yield from compressed_numbers()
+
+
+def compressed_numbers() -> Iterator[Section]:
+    """INT8, NVFP4, MXFP8 and MXFP4, and what is nearly so. Routed experts are kept, of which ckptq knows FP8 alone."""
+    kept = ("lm_head", "re:.*experts.*")
+    int8: Section = {"type": "int", "num_bits": 8}
+    fp4: Section = {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}
+    mx4: Section = {**fp4, "strategy": "group", "group_size": 32}
+    mx8: Section = {**FLOAT8, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    token: Section = {**int8, "strategy": "token", "dynamic": True}
+    local: Section = {**fp4, "dynamic": "local"}
+    every = (
+        "float-quantized",
+        "int-quantized",
+        "nvfp4-pack-quantized",
+        "mxfp8-quantized",
+        "mxfp4-pack-quantized",
+        "pack-quantized",
+        None,
+    )
+    inputs = (
+        None,
+        {},
+        int8,
+        token,
+        {**token, "symmetric": False},
+        TOKEN,
+        local,
+        fp4,
+        {**mx4, "dynamic": True},
+        {**mx8, "dynamic": True},
+    )
+    weights = (
+        {**int8, "strategy": "channel"}, {**int8, "strategy": "tensor"}, {**int8, "strategy": "group", "group_size": 32}, int8, fp4,
+        {**fp4, "group_size": 32}, {**fp4, "symmetric": False}, mx4, {**mx4, "group_size": 16}, mx8, {**mx8, "scale_dtype": None},
+        {**mx8, "scale_dtype": "uint8"}, {**mx8, "scale_dtype": "torch.float32"},
+        {**int8, "strategy": "channel", "symmetric": False},
+        {**mx8, "group_size": 64}, {**fp4, "dynamic": "local"}, {**mx8, "scale_dtype": "torch.nothing"}, {**int8, "num_bits": 4},
+        {**mx8, "type": "fp8"},
+    )  # fmt: skip
+    for weight in weights:
+        for activations in inputs:
+            for form in every[:3] if activations is not None else every:
+                one = {"targets": ["Linear"], "weights": weight, "input_activations": activations}
+                yield compressed(*kept, format=form, groups=[one])
+    fp4s = {"targets": ["re:.*mlp.*"], "weights": fp4, "input_activations": local, "format": "nvfp4-pack-quantized"}
+    fp8s = {**group("channel", targets=["re:.*self_attn.*"]), "format": "float-quantized"}
+    int8s = {"targets": QKV, "weights": {**int8, "strategy": "channel"}, "input_activations": token, "format": "int-quantized"}
+    yield compressed(*kept, format="mixed-precision", groups=[{**int8s, "targets": QKV[:2]}])
+    for groups in ([fp4s, fp8s], [fp8s, int8s], [int8s, fp8s], [int8s, {**fp8s, "targets": ["Linear"]}]):
+        yield compressed(*kept, format="mixed-precision", groups=groups)
+        yield compressed(*kept, format="mixed-precision", groups=[{k: v for k, v in g.items() if k != "format"} for g in groups])
 
 
 def quark_sections() -> Iterator[Section]:
@@ -338,6 +463,7 @@ def bend(name: str, first: int, last: int, head: str, tail: str) -> str:
 
 LISTS: Mapping[str, Callable[[list[str]], Section]] = {
     "modelopt": lambda names: modelopt(*names),
+    "modelopt layers": lambda names: mixed({**listed(*names, algo="FP8"), **listed(*QKV, GATE_UP[0])}, "lm_head"),
     "fp8": lambda names: fp8(*names),
     "compressed-tensors": lambda names: compressed(*names),
     "compressed-tensors targets": lambda names: compressed("lm_head", groups=[group("tensor", {**FLOAT8}, names), group()]),
@@ -367,7 +493,7 @@ from vllm.model_executor.layers.quantization import QuantizationMethods
 print(json.dumps(get_args(QuantizationMethods)))
 """
     done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=True)
-    assert set(json.loads(done.stdout.splitlines()[-1])) <= {*configs.UNCHECKED, *known()}
+    assert set(json.loads(done.stdout.splitlines()[-1])) <= {*configs.UNCHECKED, *configs.MODELOPT, *known()}
 
 
 # --- without the real thing ---
@@ -376,9 +502,9 @@ print(json.dumps(get_args(QuantizationMethods)))
 @pytest.mark.parametrize(
     ("weights", "dtype", "code"),
     [
-        ({"type": "int"}, "F8_E4M3", "config.groups"),
+        ({"type": "int", "num_bits": 4}, "F8_E4M3", "config.groups"),
         ({"num_bits": 4}, "F8_E4M3", "config.groups"),
-        ({"type": "int"}, "I8", "refused"),
+        ({"type": "int", "num_bits": 4}, "I32", "refused"),
         ({"num_bits": 4}, "BF16", "refused"),
     ],
 )
@@ -424,6 +550,13 @@ def test_older_versions_try_no_expression_on_a_fused_name() -> None:
     [
         (modelopt(algo="INT8"), "quant_algo"),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["visual*"]}, "exclude_modules"),
+        (modelopt(algo="NVFP4", group_size=32), "group_size"),
+        (mixed(listed(*QKV, group_size=8)), "quantized_layers: group_size"),
+        ({"quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": []}}, "kv_cache_quant_algo"),
+        ({"quantization": {"quant_algo": "MXFP8", "kv_cache_quant_algo": None}}, "exclude_modules"),
+        (mixed({}), "quantized_layers"),
+        (mixed({QKV[0]: None}), f"quantized_layers.{QKV[0]}"),
+        (mixed(listed(QKV[0], algo="NVFP4_AWQ")), f"quantized_layers.{QKV[0]}"),
         (fp8(scheme="none"), "activation_scheme"),
         (fp8(weight_block_size=[128]), "weight_block_size"),
         ({**fp8(), "ignored_layers": "visual"}, "ignored_layers"),
@@ -443,9 +576,41 @@ def test_older_versions_try_no_expression_on_a_fused_name() -> None:
     ],
 )
 def test_a_section_that_the_server_misreads_is_found_at_its_key(section: Section, subject: str) -> None:
-    method = find_method(section["quant_method"])
-    assert method is not None
-    (finding,) = method.check(section, "config.json: quantization_config", DEFAULT)
+    (finding,) = find(section.get("quant_method", "modelopt")).check(section, "config.json: quantization_config", DEFAULT)
     assert finding.subject.endswith(subject)
-    # Settings of some layers may be no linear's.
-    assert finding.severity == ("warning" if "layer_quant_config." in subject else "error")
+    # Settings of some layers may be no linear's, and an unknown algorithm is no fault where the linear is stored as it was.
+    assert finding.severity == ("warning" if "layer_quant_config." in subject or "NVFP4_AWQ" in str(section) else "error")
+
+
+def test_older_versions_build_a_mixed_checkpoint_from_fewer_algorithms_and_names() -> None:
+    def built(version: str, layers: dict[str, Any], at: str) -> Any:
+        where = [linear.prefix for linear in LINEARS["vl"]].index(f"language_model.model.layers.0.{at}")
+        return ours("vl", mixed(layers), SERVERS[version])[where]
+
+    assert "weight" in built("0.26", listed(*QKV, algo="MXFP8"), "self_attn.qkv_proj")
+    assert built("0.20", listed(*QKV, algo="MXFP8"), "self_attn.qkv_proj") == "kept"
+    assert built("0.26", listed(*QKV, algo="FP8_PB_WO"), "self_attn.qkv_proj") == "kept"
+    assert "weight" in built("0.30", listed(*QKV, algo="FP8_PB_WO"), "self_attn.qkv_proj")
+    head = [linear.part for linear in LINEARS["vl"]].index("head")
+    answers = [ours("vl", mixed(listed("lm_head")), SERVERS[version])[head] for version in ("0.20", "0.26")]
+    assert ["weight_scale_2" in answer for answer in answers] == [False, True]
+
+
+def test_only_newer_versions_ask_the_groups_whether_nvfp4_quantizes_activations() -> None:
+    section = modelopt(algo="NVFP4", config_groups={"group_0": {"weights": {}, "input_activations": None}})
+    for version, scales in (
+        ("0.26", ["input_scale", "weight_scale", "weight_scale_2"]),
+        ("0.30", ["weight_scale", "weight_scale_2"]),
+    ):
+        found, _ = configs.read(Stored({"quantization_config": section}, None, {}), VL, SERVERS[version])
+        assert found is not None
+        form = find("modelopt").matcher(found, VL)(LINEARS["vl"][0])
+        assert isinstance(form, Format)
+        assert sorted(form.kinds) == scales
+
+
+@pytest.mark.parametrize("algo", ["NVFP4", "MXFP8", "W4A16_NVFP4"])
+def test_routed_experts_in_new_numbers_are_refused_by_name(algo: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"routed experts in {algo}"):
+        ours("moe", modelopt(algo=algo))
+    assert "weight" in ours("moe", modelopt("model.layers.*.mlp.experts*", algo=algo))[0]

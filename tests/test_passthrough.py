@@ -258,9 +258,6 @@ def test_another_scale(tmp_path: Path, encoder: Encoder, factor: float) -> None:
     [
         lambda t: t[f"{OUT}.weight"].view(torch.uint8)[:100].zero_(),
         lambda t: t[f"{OUT}.weight"].view(torch.uint8)[-1:, -1:].fill_(0x7E),
-        lambda t: t[f"{OUT}.weight_scale"][3:5].copy_(t[f"{OUT}.weight_scale"][3:5].flip(0)),
-        lambda t: t[f"{OUT}.weight_scale"][7].zero_(),
-        lambda t: t[f"{OUT}.weight_scale"][7].neg_(),
         lambda t: t.update({f"{OUT}.weight": t[f"{OUT}.weight"].view(torch.uint8).roll(1).view(torch.float8_e4m3fn)}),
     ],
 )
@@ -288,6 +285,21 @@ def test_a_source_that_is_not_finite(tmp_path: Path, value: float) -> None:
     before, after = source(), encoded(source(), by_block)
     before[f"{OUT}.weight"][3, 5] = value
     assert found(check(tmp_path, after, before)).startswith("1 of 65536 values are not, first [3, 5]")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda scale: scale[3:5].copy_(scale[3:5].flip(0)),
+        lambda scale: scale[7].zero_(),
+        lambda scale: scale[7].neg_(),
+        lambda scale: scale.copy_(scale.roll(1, 0)),
+    ],
+)
+def test_scales_of_other_rows(tmp_path: Path, spoil: Callable[[torch.Tensor], object]) -> None:
+    after = encoded(source(), by_channel)
+    spoil(after[f"{OUT}.weight_scale"])
+    assert "; its codes fit, its scales do not" in found(check(tmp_path, after))
 
 
 # --- names ---

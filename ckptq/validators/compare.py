@@ -11,14 +11,18 @@ from statistics import median
 from ckptq.checkpoint import Component
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators.amaxes import meaning_of
+from ckptq.validators.coding import FP8, number_of
 from ckptq.validators.scales import scale_kind
 from ckptq.validators.vllm_rules import ServerLinear, server_linears
 
+_LAYERS_OF = "vLLM 0.32.0 model_executor/layers/quantization"
 _MOE = "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py process_fp8_input_tensor_strategy_moe"
 CODES = {
     "values.weight-scale-split": Code(
-        "shards of one fused linear with different weight scales",
-        "vLLM 0.32.0 model_executor/layers/quantization/utils/w8a8_utils.py requantize_with_max_scale",
+        "shards of one fused linear with different scales of their whole weights",
+        f"{_LAYERS_OF}/utils/w8a8_utils.py requantize_with_max_scale; modelopt.py KNvfp4Static; "
+        "compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py",
     ),
     "values.scale-outlier": Code("a scale far from those of its like, or beyond what the norm before it lets through"),
     "values.input-scale-split": Code("linears that read one input with different input scales", _MOE),
@@ -27,14 +31,16 @@ CODES = {
 
 SPREAD = 100.0
 """An expert's input scale over the median one. E4M3 keeps 4 bits down to 1 / 28,672 of the scale's range, 1 bit to 1 / 229,376."""
+EQUAL = 1.004
+"""Scales that are this near to one another, as BF16 leaves them, change no code by more than its rounding does."""
 # An amax where amax / 448 belongs is 448 times too large. Shards of one linear, and one linear over the layers, have amaxes within
 # a factor of ten or so in trained models, outliers included; smaller ones are not compared: layers that learned little are real.
 SHARDS_APART = 50.0
 LAYERS_APART = 100.0
 _LAYERS = 3
 """Fewer have no median worth the name."""
-USUAL = (0.002 / 448, 8 / 448)
-"""Of the median weight scale. Half of all linears with weights above 8, or none above 0.002 in them: no training leads there."""
+USUAL = (0.002, 8.0)
+"""Of the median amax of weights. Half of all linears with weights above 8, or none above 0.002 in them: no training leads there."""
 _MARGIN = 1.1
 """Norms, products and RoPE are computed in BF16."""
 _YARN = 1.5
@@ -56,11 +62,13 @@ class Values:
     """What the pass over the values brought.
 
     scales  {name: its largest value} of scales with which nothing is wrong by themselves
+    amaxes  {name: the amax that this means}
     tops    {name: the largest magnitude} of unquantized tensors
-    codes   {name: the largest code's value} of FP8 weights
+    codes   {name: the largest code's value} of quantized weights
     """
 
     scales: Mapping[str, float]
+    amaxes: Mapping[str, float]
     tops: Mapping[str, float]
     codes: Mapping[str, float]
     component: Component
@@ -96,17 +104,15 @@ def _outlier(subject: str, expected: str, shown: str) -> Finding:
 
 
 def _shards(linear: ServerLinear, found: Values, mend: str, said: set[str]) -> Iterator[Finding]:
-    for kind, effect, advice in (
-        ("weight_scale", "vLLM decodes the shards and encodes them again under the largest scale, rounding twice", mend),
-        ("input_scale", "the shards read one input, and vLLM takes the largest scale for all", "calibrate them as one"),
-    ):  # fmt: skip
-        if linear.part == "experts" and kind == "input_scale":
+    for kind in ("weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale"):
+        if linear.part == "experts" and kind.startswith("input"):
             continue
         known = {name: v for m in linear.shards if (v := found.one(name := f"{m}.{kind}")) is not None}
         if len(set(known.values())) < 2:
             continue
         low, high = min(known.values()), max(known.values())
-        largest = max(known, key=lambda name: known[name])
+        amaxes = {name: found.amaxes[name] for name in known}
+        largest = max(amaxes, key=lambda name: amaxes[name])
         if kind == "weight_scale" and high > SHARDS_APART * low:
             if largest not in said:
                 yield _outlier(
@@ -115,35 +121,65 @@ def _shards(linear: ServerLinear, found: Values, mend: str, said: set[str]) -> I
                 )  # fmt: skip
             said.add(largest)
         else:
-            yield warning(
-                f"values.{kind.replace('_', '-')}-split", _braced(linear.shards, kind),
-                "one value for the fused linear", f"values from {low:g} to {high:g}", effect, advice,
-            )  # fmt: skip
+            yield _split(linear, kind, low, high, mend)
+
+
+def _split(linear: ServerLinear, kind: str, low: float, high: float, mend: str) -> Finding:
+    """Scales of which the server takes one for all shards. Only FP8 codes of weights are encoded again under it."""
+    apart, divides = high / low, kind.endswith("global_scale")
+    report, shown = warning, f"values from {low:g} to {high:g}"
+    if kind == "weight_scale":
+        effect, advice = "vLLM decodes the shards and encodes them again under the largest scale, rounding twice", mend
+    elif kind.startswith("weight"):
+        shown = f"{shown}, {apart:.4g} times as large"
+        taken = "the first shard's" if linear.part == "experts" else f"the largest {'divisor' if divides else 'scale'}"
+        effect = f"vLLM takes {taken} for all: the others' weights come out too {'small' if divides else 'large'} by as much"
+        advice = "give q, k and v one scale, and gate and up one, of their common amax: encode them again from the source"
+        report = error if apart > EQUAL else warning
+    elif divides:
+        effect, advice = (
+            "the shards read one input, and vLLM takes the largest divisor for all: it cuts larger inputs off",
+            "calibrate them as one",
+        )
+        report = error if apart > EQUAL else warning
+    else:
+        effect, advice = "the shards read one input, and vLLM takes the largest scale for all", "calibrate them as one"
+    return report(
+        f"values.{'weight' if kind.startswith('weight') else 'input'}-scale-split", _braced(linear.shards, kind),
+        "one value for the fused linear", shown, effect, advice,
+    )  # fmt: skip
 
 
 def _layers(found: Values) -> Iterator[Finding]:
     """Weight scales far above the median of their like in other layers. Inputs may be that far apart: massive activations."""
     alike: dict[str, list[str]] = {}
     for name in found.scales:
-        if scale_kind(name) == "weight":
+        if scale_kind(name) in ("weight", "whole"):
             alike.setdefault(_NUMBER.sub("{i}", name), []).append(name)
     for names in alike.values():
         if len(names) < _LAYERS:
             continue
-        usual = median(found.scales[name] for name in names)
+        usual = median(found.amaxes[name] for name in names)
         for name in names:
-            if (value := found.scales[name]) > LAYERS_APART * usual:
+            if (amax := found.amaxes[name]) > LAYERS_APART * usual:
+                value = found.scales[name]
                 yield _outlier(
                     name, f"at most {LAYERS_APART:g} times the median over the layers",
-                    f"{value:g}, {value / usual:.0f} times {usual:g}",
+                    f"{value:g}, {amax / usual:.0f} times {value * usual / amax:g}",
                 )  # fmt: skip
 
 
 def _usual(found: Values) -> Iterator[Finding]:
-    weights = [value for name, value in found.scales.items() if scale_kind(name) == "weight"]
-    if len(weights) >= _LAYERS and not USUAL[0] <= (usual := median(weights)) <= USUAL[1]:
+    weights = [name for name in found.scales if scale_kind(name) in ("weight", "whole")]
+    if len(weights) < _LAYERS or USUAL[0] <= (usual := median(found.amaxes[name] for name in weights)) <= USUAL[1]:
+        return
+    at = min(weights, key=lambda name: abs(found.amaxes[name] - usual))
+    meaning = meaning_of(found.component.tensors[at], found.component.tensors)
+    if meaning is not None:
+        low, high = sorted(meaning.value(amax) for amax in USUAL)
         yield _outlier(
-            "all weight scales", f"a median between {USUAL[0]:.2g} and {USUAL[1]:.2g}, as amax / 448 is", f"a median of {usual:g}"
+            "all weight scales", f"a median between {low:.2g} and {high:.2g}, as {meaning.text} is",
+            f"a median of {meaning.value(usual):g}",
         )  # fmt: skip
 
 
@@ -151,19 +187,29 @@ def _beyond(found: Values, *, by_weights: bool) -> Iterator[Finding]:
     """Scales larger than the model lets their tensors become, whatever it is fed. K's and V's where weights can be believed."""
     for name, value in found.scales.items():
         kind, module = scale_kind(name), name.rpartition(".")[0]
+        meaning = meaning_of(found.component.tensors[name], found.component.tensors)
+        if meaning is None:
+            continue
         if kind == "input":
             limit = _input_limit(module, found)
-            what = "what the norm before it lets through: sqrt(hidden) * its largest weight / 448"
+            what = "what the norm before it lets through: sqrt(hidden) * its largest weight"
+            what = f"{meaning.limit:g} / {what.replace(': ', ': (')})" if meaning.inverse else f"{what} / {meaning.limit:g}"
         elif by_weights and kind in ("k", "v") and name.endswith((".k_scale", ".v_scale")) and value != _UNSET:
             module = module if module.endswith("_proj") else f"{module}.{kind}_proj"
             limit = _cache_limit(module, kind == "k", found)
             what = "what the norm, the weight and the bias before it let through"
         else:
             continue
-        if limit is not None and value > limit:
-            yield _outlier(name, f"at most {what}", f"{value:g}, over {limit:g}")
-        elif kind == "v" and (o := found.one(f"{module.removesuffix('v_proj')}o_proj.input_scale")) and value > FROM_V * o:
-            yield _outlier(name, f"at most {FROM_V:g} times o_proj's input_scale", f"{value:g}, {value / o:.0f} times {o:g}")
+        if limit is not None and found.amaxes[name] > limit:
+            least = f"{'at least' if meaning.inverse else 'at most'} {what}"
+            yield _outlier(name, least, f"{value:g}, {'under' if meaning.inverse else 'over'} {meaning.value(limit):g}")
+        elif (
+            kind == "v" and (o := _input_amax(f"{module.removesuffix('v_proj')}o_proj", found)) and found.amaxes[name] > FROM_V * o
+        ):
+            apart = found.amaxes[name] / o
+            yield _outlier(
+                name, f"at most {FROM_V:g} times o_proj's input_scale", f"{value:g}, {apart:.0f} times {value / apart:g}"
+            )
 
 
 def _reach(module: str, found: Values) -> float | None:
@@ -181,13 +227,19 @@ def _reach(module: str, found: Values) -> float | None:
     return float(top * sqrt(found.component.tensors[f"{norm}.weight"].spec.numel))
 
 
+def _input_amax(module: str, found: Values) -> float | None:
+    names = (f"{module}.{leaf}" for leaf in ("input_scale", "input_global_scale"))
+    return next((found.amaxes[name] for name in names if found.one(name) is not None), None)
+
+
 def _input_limit(module: str, found: Values) -> float | None:
+    """The largest amax."""
     reach = _reach(module, found)
-    return None if reach is None else _MARGIN * reach / 448
+    return None if reach is None else _MARGIN * reach
 
 
 def _cache_limit(module: str, turned: bool, found: Values) -> float | None:
-    """The largest scale of K or V: |x| * |row of W| + |bias|, or what K's own norm lets through.
+    """The largest amax of K or V: |x| * |row of W| + |bias|, or what K's own norm lets through.
 
     RoPE turns pairs, so that one of two may become sqrt(2) times as large, and YaRN makes all larger.
     """
@@ -195,21 +247,38 @@ def _cache_limit(module: str, turned: bool, found: Values) -> float | None:
     norm = f"{attention}.k_norm.weight"
     if turned and norm in found.component.tensors:
         top = found.tops.get(norm)
-        return None if top is None else _YARN * top * sqrt(found.component.tensors[norm].spec.numel) / 448
-    reach, weight = _reach(module, found), found.component.tensors.get(f"{module}.weight")
+        return None if top is None else _YARN * top * sqrt(found.component.tensors[norm].spec.numel)
+    reach, columns = _reach(module, found), _columns(module, found)
     largest = _largest_weight(module, found)
     bias = found.tops.get(f"{module}.bias", 0.0 if f"{module}.bias" not in found.component.tensors else None)
-    if reach is None or weight is None or largest is None or bias is None or not weight.spec.shape:
+    if reach is None or not columns or largest is None or bias is None:
         return None
-    return float((_YARN * sqrt(2) if turned else _MARGIN) * (reach * largest * sqrt(weight.spec.shape[-1]) + bias) / 448)
+    return float((_YARN * sqrt(2) if turned else _MARGIN) * (reach * largest * sqrt(columns) + bias))
+
+
+def _columns(module: str, found: Values) -> int:
+    """Of the module's weight [n, k], in codes of any size; 0 where there is none."""
+    tensors = found.component.tensors
+    weight = tensors.get(f"{module}.weight", tensors.get(f"{module}.weight_packed"))
+    if weight is None or not weight.spec.shape:
+        return 0
+    number = number_of(weight)
+    return number.shape(weight.spec.shape)[-1] if number else weight.spec.shape[-1]
 
 
 def _largest_weight(module: str, found: Values) -> float | None:
     if (top := found.tops.get(f"{module}.weight")) is not None:
         return top
-    scale = next((v for end in ("", "_inv") if (v := found.scales.get(f"{module}.weight_scale{end}")) is not None), None)
-    code = found.codes.get(f"{module}.weight")
-    return None if scale is None or code is None else scale * code
+    whole = [found.amaxes.get(f"{module}.{leaf}") for leaf in ("weight_scale_2", "weight_global_scale")]
+    if any(whole):
+        return whole[0] or whole[1]
+    name = next((n for end in ("", "_inv") if (n := f"{module}.weight_scale{end}") in found.scales), None)
+    tensor = found.component.tensors.get(f"{module}.weight", found.component.tensors.get(f"{module}.weight_packed"))
+    number = number_of(tensor) if tensor else None
+    if name is None or tensor is None or number is None:
+        return None
+    code = found.codes.get(tensor.spec.name) if number is FP8 else number.top
+    return None if code is None else found.scales[name] * code
 
 
 def _braced(shards: Sequence[str], kind: str) -> str:
@@ -218,10 +287,10 @@ def _braced(shards: Sequence[str], kind: str) -> str:
 
 
 def _experts(linears: Sequence[ServerLinear], found: Values) -> Iterator[Finding]:
-    """Input scales of routed experts: of gate and up the one loaded last stays, and the largest of a layer's serves all experts."""
+    """Input scales of routed experts in FP8: of gate and up the one loaded last stays, and the largest of a layer's serves all."""
     layers: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
     for linear in linears:
-        if linear.part == "experts":
+        if linear.part == "experts" and f"{linear.shards[0]}.weight_scale_2" not in found.component.tensors:
             names = tuple(m.rpartition(".")[2] for m in linear.shards)
             layers.setdefault((linear.prefix, names), []).append(linear.shards)
     for experts in layers.values():

@@ -39,6 +39,8 @@ UNCHECKED = frozenset(
     )
 )  # fmt: skip
 """Values of quant_method that vLLM knows and ckptq does not."""
+MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
+"""Values of quant_method of which ModelOpt's quant_algo chooses one, whichever is written."""
 
 
 def read(stored: Stored, scope: Scope, server: Server) -> tuple[Settings | None, list[Finding]]:

@@ -23,7 +23,9 @@ LOOKS = 20_000
 """Tensors that are looked at in one run: where everything differs, names are of little use."""
 REACH = 4 / 3
 """How far above the largest code a quotient may lie under a scale of one byte: MXFP4's largest is 6, and up to 8 falls to it."""
-MOST = 0.9
+FAR = 1e30
+"""Stands for what is not zero over a scale of zero."""
+MOST = 0.75
 """Of the codes that do not fit: as many do under scales that are fitted to them."""
 
 
@@ -69,7 +71,7 @@ class Likeness:
             codes = _floats(self._reader, tensor, shape)
             return Tile(codes, np.zeros_like(codes))
         codes = _codes(self._reader, tensor, shape, coded.number)
-        rows, wide, high = *codes.shape, coded.grid.high
+        (rows, wide), high = codes.shape, coded.grid.high
         steps = np.empty_like(codes)
         for top in range(0, rows, high):
             bottom = min(top + high, rows)
@@ -110,6 +112,8 @@ class Tile:
 
     def is_like(self, wanted: F32) -> bool:
         """Whether the values are the wanted ones, up to their rounding."""
+        import numpy as np
+
         return self.codes.shape == wanted.shape and bool(np.isfinite(wanted).all()) and bool(self.fit(wanted).all())
 
     def fit(self, wanted: F32) -> Bools:
@@ -119,7 +123,7 @@ class Tile:
         if self.number is None:
             return np.asarray(self.codes == wanted)
         with np.errstate(all="ignore"):
-            x = np.where(self.steps == 0, np.where(wanted == 0, np.float32(0), np.float32(np.inf)), wanted / self.steps)
+            x = np.where(self.steps == 0, np.where(wanted == 0, np.float32(0), np.float32(FAR)), wanted / self.steps)
             limit = np.empty_like(x)
             limits(x, self.number, limit)
             cut = (np.abs(x) > self.number.top) & (np.abs(x) < self.reach * self.number.top)

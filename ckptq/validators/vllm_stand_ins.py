@@ -123,7 +123,7 @@ def _stand_in_linears(used: list[str], undo: list[Callable[[], None]]) -> None:
 
 
 def _blocks(layer: Any) -> Any:
-    """F32 [n, k] of FP8 codes under a scale a block. FP8_PB_WO and compressed-tensors call it weight_scale, fp8 weight_scale_inv."""
+    """F32 [n, k] of FP8 codes under a scale a block: weight_scale_inv in the native method, weight_scale in the others."""
     scale = getattr(layer, "weight_scale_inv", None)
     scale = layer.weight_scale if scale is None else scale
     (n, k), (down, across) = layer.weight.shape, getattr(layer, "weight_block_size", None) or (128, 128)

@@ -20,6 +20,8 @@ Change = Callable[[torch.Tensor], torch.Tensor | None]
 Tensors = dict[str, torch.Tensor]
 INDEX = "model.safetensors.index.json"
 EXTRA = "model-extra.safetensors"
+STAY = (".bias", ".k_scale", ".v_scale")
+"""Tensors of a linear that no format of its weight has to do with."""
 
 
 def both(*edits: Edit) -> Edit:
@@ -213,10 +215,11 @@ def restored(source: Callable[[], Path], *modules: str) -> Edit:
 
     def apply(stored: Tensors) -> None:
         original = {name: tensor for file in weight_files(source()) for name, tensor in read(file).items()}
-        for name in matching(stored, *(f"{module}.weight" for module in modules)):
+        for name in matching(original, *(f"{module}.weight" for module in modules)):
+            module = name.removesuffix(".weight")
+            for scale in [key for key in stored if key.rpartition(".")[0] == module and not key.endswith(STAY)]:
+                del stored[scale]
             stored[name] = original[name]
-            for scale in (f"{name}_scale", f"{name}_scale_inv", f"{name.removesuffix('weight')}input_scale"):
-                stored.pop(scale, None)
 
     return tensors(apply)
 

@@ -15,7 +15,7 @@ from typing import Literal
 from corpus.edit import Edit
 
 Needs = Literal["source", "record"]
-PARTS = ("tensors", "shapes", "values", "configs", "formats", "models", "excludes", "files", "moe", "quark")
+PARTS = ("tensors", "shapes", "values", "configs", "formats", "models", "excludes", "files", "moe", "quark", "groups", "mixed")
 
 
 @dataclass(frozen=True, slots=True)

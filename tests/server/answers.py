@@ -34,7 +34,11 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     compressed_tensors_moe_w8a8_fp8,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
+    compressed_tensors_w4a4_mxfp4,
+    compressed_tensors_w4a4_nvfp4,
     compressed_tensors_w8a8_fp8,
+    compressed_tensors_w8a8_int8,
+    compressed_tensors_w8a8_mxfp8,
     compressed_tensors_w8a16_fp8,
 )
 from vllm.model_executor.layers.quantization.quark import quark, quark_moe  # noqa: E402
@@ -46,10 +50,12 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM  # noqa: E402
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM  # noqa: E402
 from vllm.model_executor.parameter import BasevLLMParameter  # noqa: E402
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase  # noqa: E402
 
 ROWS, COLUMNS = 128, 256
 # In the order in which vLLM makes them.
 FAMILIES = {"vl": (Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM), "moe": (Qwen3MoeForCausalLM,)}
+CLAIMANTS = ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "mxfp8", "modelopt_mixed")
 Built = dict[str, tuple[str, list[int]]]
 
 
@@ -70,6 +76,11 @@ def stand_in() -> None:
         module.init_fp8_linear_kernel = lambda *a, **k: None
         module.expose_input_quant_key = lambda *a: None
     compressed_tensors_w8a16_fp8.init_wfp8_a16_linear_kernel = lambda *a, **k: None
+    compressed_tensors_w8a8_int8.init_int8_linear_kernel = lambda *a, **k: None
+    compressed_tensors_w8a8_mxfp8.init_mxfp8_linear_kernel = lambda *a, **k: None
+    compressed_tensors_w4a4_mxfp4.init_mxfp4_linear_kernel = lambda *a, **k: None
+    compressed_tensors_w4a4_nvfp4.init_nvfp4_linear_kernel = lambda *a, **k: None
+    compressed_tensors_w4a4_nvfp4.expose_input_quant_key = lambda *a: None
     for module in (modelopt, fp8, compressed_tensors_moe, quark):
         if hasattr(module, "UnquantizedFusedMoEMethod"):
             module.UnquantizedFusedMoEMethod = throw_call(lambda k: "kept")
@@ -142,14 +153,21 @@ def built(prefix: str, kind: str, config: Any) -> Any:
         if type(refusal) is AttributeError and "'VllmConfig'" in str(refusal):
             raise
         return f"refused: {type(refusal).__name__}: {refusal}"[:300]
-    if not isinstance(made.weight, BasevLLMParameter) or made.weight.dtype == torch.bfloat16:
+    weight = getattr(made, "weight", None)
+    if weight is not None and (not isinstance(weight, BasevLLMParameter) or weight.dtype == torch.bfloat16):
         return "kept"
     return {name: [str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in made.named_parameters()}
 
 
+def chosen(section: dict[str, Any]) -> str:
+    """config/model.py ModelConfig._verify_quantization: the first that claims the section, else its own word."""
+    found = (get_quantization_config(name).override_quantization_method(section, None, hf_config=None) for name in CLAIMANTS)
+    return next((name for name in found if name is not None), section["quant_method"])
+
+
 def configured(family: str, section: dict[str, Any]) -> Any:
-    method = section["quant_method"]
-    config = get_quantization_config(method).from_config(section)
+    section = ModelArchConfigConvertorBase._normalize_quantization_config(None, SimpleNamespace(quantization_config=section))
+    config = get_quantization_config(chosen(section)).from_config(section)
     for model in FAMILIES[family]:
         before = dict(config.packed_modules_mapping)
         configure(config, model)

@@ -7,7 +7,8 @@ done: {name, label, ...evidence}. A process that dies has written what came befo
 vLLM makes the group of expert parallelism once, for the first model.
 
 Two things are set apart from a server's own run. Memory that nobody wrote is filled with NaN (torch's deterministic mode), which
-makes what it holds the same each time. And the CPU build's own packing of unquantized weights is left out, which would hide them.
+makes what it holds the same each time. And the CPU build's own packing of unquantized and of INT8 weights is left out, which would
+hide them; nor are those of MXFP8 dequantized.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TQDM_DISABLE": "1",
+    "VLLM_MXFP8_EMULATION_DEQUANT_AT_LOAD": "0",
 }
 
 import torch
@@ -45,6 +47,8 @@ BF16_STEP = 2.0**-7
 LOSS = 1.1
 """A weight whose error against the source has grown by this factor has lost bits."""
 SHOWN = 2
+WITHIN = ("weight_scale", "weight_scale_inv", "weight_global_scale", "alpha", "azp_adj")
+"""Tensors that follow from weights or are parts of them."""
 
 Values = dict[str, torch.Tensor]
 
@@ -55,8 +59,9 @@ def label(found: Mapping[str, Any]) -> str:
     refused   vLLM raised, or its process died, before the model was ready
     wrong     after vLLM's post-processing, something it computes with differs from the good export's beyond rounding:
               - it has another dtype or shape, is not there, or is a setting of a module (heads, widths, the KV cache's dtype)
-              - a quantized weight, which is its codes times their scales: a value differs by more than one step of E4M3 under the
-                coarser of both scales, or all of them by more than 4 % in root mean square, as no rounding does
+              - a quantized weight, which is its codes times their scales, of whatever format: a value differs by more than one
+                step of E4M3, for FP8 under the coarser of both scales, or all of them by more than 4 % in root mean square, as no
+                rounding to FP8 does
               - any other tensor, scales of activations, keys and values among them: a value differs by more than one step of BF16
               - something that was finite is not, among it all memory that nothing wrote
     degraded  none of that, and
@@ -89,6 +94,18 @@ def prepare() -> None:
     for module in (linear, utils, vocab_parallel_embedding):
         if hasattr(module, "dispatch_cpu_unquantized_gemm"):
             module.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: None  # type: ignore[attr-defined]
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    kernel: Any = cpu.CPUInt8ScaledMMLinearKernel
+    pack = kernel.process_weights_for_onednn
+
+    def process_weights_for_onednn(self: Any, layer: Any) -> None:
+        codes = layer.weight.data
+        pack(self, layer)
+        layer.weight = torch.nn.Parameter(codes.t(), requires_grad=False)
+
+    kernel.process_weights_for_onednn = process_weights_for_onednn
+    cpu.check_cpu_sgl_kernel = lambda *_: False  # type: ignore[assignment]
 
 
 # --- what vLLM computes with ---
@@ -104,7 +121,7 @@ def effective(model: Any) -> Values:
 
 
 def computed(model: Any) -> tuple[Values, dict[str, str], dict[str, Any], dict[str, float]]:
-    """(float32 values, dtypes, settings of modules, smallest steps of quantized weights), each by name.
+    """(float32 values, dtypes, settings of modules, smallest steps of quantized weights, 0 where not FP8), each by name.
 
     A quantized weight is its codes times their scales.
     """
@@ -115,17 +132,32 @@ def computed(model: Any) -> tuple[Values, dict[str, str], dict[str, Any], dict[s
     steps = {}
     for name, tensor in stored.items():
         scale = scale_of(name, stored)
-        values[name] = tensor.float() if scale is None else tensor.float() * spread(scale.float(), tensor)
-        steps[name] = 0.0 if scale is None else SMALLEST * float(scale.abs().max())
-    for name in [name for name in stored if name.endswith(("weight_scale", "weight_scale_inv"))]:
+        values[name] = tensor.float() if scale is None else decoded(tensor) * scale
+        if scale is not None:
+            steps[name] = SMALLEST * float(scale.abs().max()) if tensor.dtype == torch.float8_e4m3fn else 0.0
+    for name in [name for name in stored if name.rpartition(".")[2] in WITHIN]:
         del values[name]
     return values, dtypes, dict(settings(model)), steps
 
 
 def scale_of(name: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    if not name.endswith("weight") or stored[name].dtype != torch.float8_e4m3fn:
+    """What multiplies with the codes of a quantized weight, in their shape or one that broadcasts to it."""
+    if not name.endswith("weight") or stored[name].dtype not in (torch.float8_e4m3fn, torch.int8, torch.uint8):
         return None
-    return next((stored[s] for s in (f"{name}_scale", f"{name}_scale_inv") if s in stored), None)
+    found = next((stored[s] for s in (f"{name}_scale", f"{name}_scale_inv") if s in stored), None)
+    if found is None:
+        return None
+    scale = (found.float() - 127).exp2() if found.dtype == torch.uint8 else found.float()
+    whole = stored.get(f"{name}_global_scale")
+    return spread(scale, decoded(stored[name])) * (1.0 if whole is None else whole.float())
+
+
+def decoded(codes: torch.Tensor) -> torch.Tensor:
+    """Float32: of U8 two E2M1 values each, the first one in the low bits."""
+    if codes.dtype != torch.uint8:
+        return codes.float()
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    return torch.cat([table, -table])[torch.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1).long()]
 
 
 def spread(scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -163,7 +195,7 @@ def compare(good: Any, found: Any, absent: bool) -> Iterator[tuple[str, str]]:
         elif a_dtypes[name] != b_dtypes[name]:
             yield name, f"{a_dtypes[name]}, not {b_dtypes[name]}"
         elif name in b_values and not (absent and name.endswith(("._k_scale", "._v_scale"))):
-            step = max(a_steps[name], b_steps[name]) if b_dtypes[name] == "float8_e4m3fn" else None
+            step = max(a_steps.get(name, 0.0), b_steps[name]) if name in b_steps else None
             yield from differs(name, a_values[name], b_values[name], step)
     # What only one of them has tells of classes, and those show in tensors.
     for name in sorted(b_settings.keys() & a_settings.keys()):
@@ -195,11 +227,11 @@ def differs(name: str, a: torch.Tensor, b: torch.Tensor, step: float | None) -> 
         yield name, shown
 
 
-def losses(values: Values, dtypes: Mapping[str, str], source: Values, turned: Mapping[str, bool] | None) -> dict[str, Any]:
+def losses(values: Values, steps: Mapping[str, float], source: Values, turned: Mapping[str, bool] | None) -> dict[str, Any]:
     """{quantized weight: (relative RMS error against the source's, whether it is stored transposed)}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if dtypes[name] != "float8_e4m3fn" or name not in source:
+        if name not in steps or name not in source:
             continue
         whole = source[name]
         ways = (False, True) if turned is None else (turned.get(name, False),)
@@ -247,7 +279,7 @@ class Session:
         self.casts, self.kv_absent = frozenset(casts(trace)), kv_absent(trace)
         if self.paths[1] != source:
             (self.source, *_), _ = self.load(source)
-        self.losses = losses(self.good[0], self.good[1], self.source, None)
+        self.losses = losses(self.good[0], self.good[3], self.source, None)
         self.paths = (good, source)
 
     def run(self, job: Mapping[str, str]) -> dict[str, Any]:
@@ -273,7 +305,7 @@ class Session:
     def lost(self, found: Any) -> Iterator[tuple[str, str]]:
         """(quantized weight, how much farther from the source's it lies)."""
         turned = {name: way for name, (_, way) in self.losses.items()}
-        for name, (loss, _) in losses(found[0], found[1], self.source, turned).items():
+        for name, (loss, _) in losses(found[0], found[3], self.source, turned).items():
             before, _ = self.losses.get(name, (loss, False))
             if loss > LOSS * before:
                 yield name, f"error {loss:.3f}, not {before:.3f}"

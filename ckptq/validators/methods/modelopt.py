@@ -92,17 +92,19 @@ def check(section: Mapping[str, Any], file: str, server: Server) -> Iterator[Fin
 
 
 def _group_size(body: Mapping[str, Any], algo: str, file: str) -> Iterator[Finding]:
-    """from_config takes what int() takes. All NVFP4 linears of a checkpoint have one: of a mixed one the first that is listed."""
-    said = body.get("group_size")
-    layers = (layer for layer in mixed.layers(body).values() if mixed.algo_of(layer) in _GROUPED) if algo == MIXED else iter(())
-    where = file
-    if said is None and (first := next(layers, None)) is not None:
-        said, where = first.get("group_size"), f"{file}.quantized_layers"
-    counts = algo in _GROUPED or (algo == MIXED and where != file)
-    if said is None or _integer(said) == NVFP4_GROUP or (_integer(said) is not None and not counts):
+    """from_config takes what int() takes. Of a mixed checkpoint without one the first NVFP4 linear's counts, as it is written."""
+    said, where = body.get("group_size"), f"{file}.group_size"
+    size, counts = _integer(said), algo in _GROUPED
+    if algo == MIXED:
+        first = next((layer for layer in mixed.layers(body).values() if mixed.algo_of(layer) in _GROUPED), None)
+        counts = first is not None
+        if said is None and first is not None:
+            said, where = first.get("group_size"), f"{file}.quantized_layers: group_size"
+            size = said if type(said) is int else None
+    if said is None or size == NVFP4_GROUP or (size is not None and not counts):
         return
     yield error(
-        "config.group-size", f"{where}.group_size", f"{NVFP4_GROUP}, as NVFP4 has it", as_json(said),
+        "config.group-size", where, f"{NVFP4_GROUP}, as NVFP4 has it", as_json(said),
         "vLLM raises, or makes room for other scales than are stored", f"write {NVFP4_GROUP}, or remove the key",
     )  # fmt: skip
 
@@ -125,10 +127,11 @@ def _known(section: Mapping[str, Any], server: Server) -> frozenset[str]:
 
 def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | None:
     """The settings; quant_algo in capitals. Raises UnsupportedError for codecs in quantized_layers that are no algorithm here."""
-    if any(f.code in _STOPS and f.severity == "error" for f in check(section, file, server)):
-        return None
     body, flat = _body(section)
     algo, key = mixed.algo_of(body), _exclude_key(section, server)
+    stops = any(f.code in _STOPS and f.severity == "error" for f in check(section, file, server))
+    if stops or not is_names(body.get(key, [])):
+        return None
     if algo == MIXED:
         mixed.refuse_codecs(body, file, tuple(FORMATS))
     if algo == "NVFP4" and server.groups_decide and _weights_alone(section):
@@ -137,7 +140,7 @@ def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | No
     return Settings(file, "modelopt", algo, exclude_list(body, key), key, _kv_fp8(_kv_said(section)), kv_key, section, server)
 
 
-_STOPS = ("config.quant-algo", "config.exclude-list", "config.required-key", "config.group-size", "config.quantized-layers")
+_STOPS = ("config.quant-algo", "config.required-key", "config.group-size", "config.quantized-layers")
 """Codes of what makes the server raise before it builds anything."""
 
 
