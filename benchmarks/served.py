@@ -174,7 +174,7 @@ def about(python: Path) -> dict[str, str]:
 def reason(stderr: str, code: int) -> str:
     """The last error that vLLM raised, in one line."""
     errors = re.findall(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", stderr, re.MULTILINE)
-    return str([f"ended with {code}", *errors][-1][:300]).strip()
+    return str([f"ended with {code}", *errors][-1][:300]).strip().removesuffix(" Reasons:")
 
 
 # --- the table ---

@@ -19,7 +19,7 @@ from ckptq.errors import DataError
 from ckptq.numerics import Desk, find_numerics, fp8
 from ckptq.plan import Encode, Observer, Scale
 from ckptq.tensors import TORCH_DTYPES, raw
-from ckptq.writer import TensorFile
+from ckptq.writer import BLOCK, TensorFile
 
 BAND = 1 << 20
 """Values a worker has in hand: few enough for the processor's cache, enough that Python's share of the time is small."""
@@ -106,9 +106,8 @@ def copy(source: SourceTensor, output: str, reader: Reader, file: TensorFile, pa
     """Copies these bytes of a tensor. Returns their digest, taken of what the source holds."""
     total = digest.hasher(source.spec.dtype)
     dtype = TORCH_DTYPES[source.spec.dtype] if source.spec.dtype in FLOATS else None
-    step = bench.band * 2
-    for at in range(part.start, part.stop, step):
-        data = bench.read(reader, source, at, min(step, part.stop - at))
+    for at in range(part.start, part.stop, BLOCK):
+        data = bench.read(reader, source, at, min(BLOCK, part.stop - at))
         total.update(data)
         if dtype is not None:
             refuse_odd(source.spec.name, source.file, fp8.amax(torch.frombuffer(data, dtype=dtype)))
@@ -196,6 +195,6 @@ def multiplier(scale: Scale, amax: Mapping[Observer, float]) -> float:
     return float(1 / torch.tensor(value)) if scale.inverse else value
 
 
-def parts(spec: TensorSpec, size: int = digest.PART) -> list[range]:
+def parts(spec: TensorSpec) -> list[range]:
     """The bytes of a tensor in the pieces that its digest is made of; one empty piece where there are none."""
-    return [range(at, min(at + size, spec.nbytes)) for at in range(0, spec.nbytes, size)] or [range(0)]
+    return [range(at, min(at + digest.PART, spec.nbytes)) for at in range(0, spec.nbytes, digest.PART)] or [range(0)]

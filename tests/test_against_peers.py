@@ -144,18 +144,17 @@ def ours(group: tuple[str, ...], weights: Mapping[str, torch.Tensor], scheme: Sc
 def test_equal_or_nearer_to_the_source(peer: str, format: str, name: str, weights: Mapping[str, torch.Tensor], peers: Path) -> None:
     scheme = SCHEMES[name]
     theirs = load_file(peers / peer / f"{format}.safetensors")
-    worse = []
-    print(f"\n{peer} {format} / ckptq {name}: squared error to the source, ckptq's over the peer's")
+    rows = []
     for group in GROUPS:
         mine = held(ours(group, weights, scheme, inverse=peer == "llm-compressor"), scheme)
         other = held({n: t for n, t in theirs.items() if n.rpartition(".")[0] in group}, scheme)
         for module in group:
             source = weights[module].double()
             error, their_error = (float(((values[module] - source) ** 2).sum()) for values in (mine, other))
-            same = torch.equal(mine[module], other[module])
-            print(
-                f"  {module.removeprefix('model.'):28} {error:10.3e} {their_error:10.3e} {'equal' if same else f'{error / their_error:.4f}'}"
-            )
-            if not same and error > their_error:
-                worse.append(f"{module}: {error} > {their_error}")
-    assert not worse, worse
+            rows.append((module, torch.equal(mine[module], other[module]), error, their_error))
+    print(f"\nckptq {name} / {peer} {format}: squared errors to the source")
+    for module, equal, error, their_error in rows:
+        ratio = "equal" if equal else f"{error / their_error:.4f}"
+        print(f"  {module.removeprefix('model.'):28} {error:10.3e} {their_error:10.3e}  {ratio}")
+    assert len(rows) == len(weights)
+    assert [row for row in rows if not row[1] and row[2] > row[3]] == []

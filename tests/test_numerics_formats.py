@@ -67,7 +67,7 @@ def reference(scheme: Scheme, values: torch.Tensor, whole: float | None) -> tupl
                 for i in range(down)
             ]
         )
-        scales, multipliers = local(scheme, tops.astype(np.float32), whole)
+        scales, multipliers = local(scheme, source, tops.astype(np.float32), whole)
         wide = np.repeat(np.repeat(multipliers, rows, 0)[:r], columns, 1)[:, :k]
     # NVFP4's smallest scales of a tensor of subnormals are 0 together: so are the codes.
     quotients = np.divide(source, wide, out=np.zeros_like(source), where=wide > 0).astype(np.float64)
@@ -78,7 +78,7 @@ def reference(scheme: Scheme, values: torch.Tensor, whole: float | None) -> tupl
     return numbers, scales, wide.astype(np.float64)
 
 
-def local(scheme: Scheme, tops: np.ndarray, whole: float | None) -> tuple[np.ndarray, np.ndarray]:
+def local(scheme: Scheme, source: np.ndarray, tops: np.ndarray, whole: float | None) -> tuple[np.ndarray, np.ndarray]:
     """(local scales, as stored or as what the stored stands for; what they multiply with), float32."""
     if scheme.scale == "F32":
         found = tops / np.float32({"fp8": 448, "int8": 127.5}[scheme.numerics])
@@ -86,8 +86,11 @@ def local(scheme: Scheme, tops: np.ndarray, whole: float | None) -> tuple[np.nda
         return found, found
     if scheme.numerics == "nvfp4":
         assert whole is not None
-        quotients = np.clip(tops / np.float32(6 * whole), np.float32(2.0**-9), np.float32(448))
-        scales = E4M3[nearest(E4M3, quotients.astype(np.float64))].astype(np.float32)
+        exact = np.clip(tops / np.float32(6 * whole), np.float32(2.0**-9), np.float32(448))
+        first = nearest(E4M3, exact.astype(np.float64))
+        second = np.clip(np.where(E4M3[first] <= exact, first + 1, first - 1), 7, 0x7E)
+        worse = nvfp4_errors(source, second, whole) < nvfp4_errors(source, first, whole)
+        scales = E4M3[np.where(worse, second, first)].astype(np.float32)
         return scales, scales * np.float32(whole)
     largest, limit = {"mxfp8": (2.0**8, 464.0), "mxfp4": (2.0**2, 7.0)}[scheme.numerics]
     exponents = np.full(tops.shape, -126)
@@ -95,6 +98,17 @@ def local(scheme: Scheme, tops: np.ndarray, whole: float | None) -> tuple[np.nda
         exponents[tops.astype(np.float64) / 2.0**exponent > limit] = min(exponent + 1, 127)
     assert limit / largest < 2
     return (exponents + 127).astype(np.float32), np.exp2(exponents.astype(np.float32))
+
+
+def nvfp4_errors(source: np.ndarray, chosen: np.ndarray, whole: float) -> np.ndarray:
+    """Squared errors under E4M3 scales, in 1 / 32 of the quotients."""
+    scales = E4M3[chosen].astype(np.float32)
+    divisors = (scales * np.float32(whole) * np.float32(1 / 32))[:, :, None]
+    groups = np.abs(source).reshape(*chosen.shape, 16)
+    # Bytes: what is 8 or more, which happens only under the least scale of all, counts too little and leaves it in place.
+    fixed = np.rint(np.divide(groups, divisors, out=np.zeros_like(groups), where=divisors > 0)) % 256
+    distances = np.abs(fixed[..., None] - 32 * np.append(E2M1, 8.0)).min(-1)
+    return (distances**2).sum(-1).astype(np.float32) * scales * scales
 
 
 def unpacked(codes: torch.Tensor, scheme: Scheme) -> np.ndarray:
@@ -139,14 +153,14 @@ def weights(draw: st.DrawFn, scheme: Scheme) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_codes_and_scales_are_the_references(name: str, data: st.DataObject) -> None:
     check(SCHEMES[name], data.draw(weights(SCHEMES[name])))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_bands_give_what_the_whole_gives(name: str, data: st.DataObject) -> None:
     """Any bands of whole rows of scales, one after another over the same scratch, in any order."""
@@ -206,6 +220,25 @@ def test_no_other_exponent_is_better_where_peers_choose_another(name: str) -> No
         theirs = np.copysign(sizes[nearest(sizes, source / wide)], source) * wide
         assert np.all(errors <= ((theirs - source) ** 2).sum(1))
         assert np.any(ours != theirs)
+
+
+def test_nvfp4_takes_the_better_scale_of_two() -> None:
+    """The squared error is an eighth smaller than with the nearest, and no scale is further off than the other neighbor."""
+    scheme = SCHEMES["nvfp4"]
+    values = torch.randn(64, 1024, generator=torch.Generator().manual_seed(5)).bfloat16()
+    whole = whole_of(scheme, values)
+    assert whole is not None
+    encoded = encode(scheme, values, whole)
+    source = values.double().numpy()
+    exact = np.abs(source).reshape(64, -1, 16).max(-1) / (6 * whole)
+    first = nearest(E4M3, exact)
+    wide = np.repeat(E4M3[first] * whole, 16, 1)
+    simple = np.copysign(E2M1[nearest(E2M1, source / wide)], source) * wide
+    assert ((decode(scheme, encoded, whole) - source) ** 2).sum() < 0.88 * ((simple - source) ** 2).sum()
+    assert encoded[1] is not None
+    steps = encoded[1].view(torch.uint8).numpy().astype(int) - first
+    assert set(np.unique(steps)) == {-1, 0, 1}
+    assert np.all(np.where(steps > 0, E4M3[first] <= exact, True) & np.where(steps < 0, E4M3[first] >= exact, True))
 
 
 def test_int8_reaches_the_last_codes_and_no_further() -> None:

@@ -22,11 +22,18 @@ from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.scopes.qwen3_moe import SCOPE as MOE
 from ckptq.validators import Finding
 from ckptq.validators.formats import (
+    CT_MXFP4,
+    CT_MXFP8,
+    CT_NVFP4,
     MODELOPT_BLOCK,
     MODELOPT_FP8,
+    MODELOPT_MXFP8,
+    MODELOPT_NVFP4,
+    MODELOPT_NVFP4_A16,
     MODELOPT_PER_CHANNEL,
     Format,
     compressed_tensors,
+    compressed_tensors_int8,
     native_block,
 )
 from ckptq.validators.parallel import check
@@ -38,8 +45,10 @@ EXAMPLE = ROOT / "examples" / "tiny-qwen2.5-vl"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 NATIVE = native_block((128, 128))
 COMPRESSED = compressed_tensors("block", static=False, block=(128, 128))
-FORMATS = (None, MODELOPT_FP8, MODELOPT_PER_CHANNEL, MODELOPT_BLOCK, NATIVE, COMPRESSED)
+INT8 = compressed_tensors_int8("channel", static=False)
+FORMATS = (None, MODELOPT_FP8, MODELOPT_PER_CHANNEL, MODELOPT_BLOCK, NATIVE, COMPRESSED, INT8, MODELOPT_NVFP4, CT_MXFP8)
 BLOCKS = (MODELOPT_BLOCK, NATIVE, COMPRESSED)
+GROUPS = (MODELOPT_NVFP4, MODELOPT_NVFP4_A16, CT_NVFP4, MODELOPT_MXFP8, CT_MXFP8, CT_MXFP4)
 
 LAYER, AT = "model.layers.0", "language_model.model.layers.0"
 QKV = ServerLinear(f"{AT}.self_attn.qkv_proj", tuple(f"{LAYER}.self_attn.{s}_proj" for s in "qkv"), "layers")
@@ -145,6 +154,16 @@ def test_modelopts_columns_are_whole_blocks_with_one_rank_too() -> None:
     assert codes(found(QWEN_3B, 1, DOWN, [(256, 192)], NATIVE)) == []
 
 
+@pytest.mark.parametrize("form", GROUPS)
+def test_groups_are_not_cut_and_rows_can_be_cut_anywhere(form: Format) -> None:
+    assert form.block is not None
+    size = form.block[1]
+    assert codes(found(QWEN_3B, 4, GATE_UP, [(11004, 2048)] * 2, form)) == []
+    assert codes(found(QWEN_3B, 2, DOWN, [(2048, 4 * size)], form)) == []
+    assert codes(found(QWEN_3B, 8, DOWN, [(2048, 4 * size)], form)) == ["error block-columns"]
+    assert codes(found(QWEN_3B, 1, DOWN, [(2048, 4 * size - 8)], form)) == ["error block-columns"]
+
+
 @pytest.mark.parametrize(("head", "tp", "expected"), [(128, 8, []), (64, 8, ["error block-rows"]), (64, 1, [])])
 def test_a_repeated_kv_head_is_a_shard_of_its_own(head: int, tp: int, expected: list[str]) -> None:
     sizes = [(16 * head, 2048), (2 * head, 2048), (2 * head, 2048)]
@@ -231,7 +250,7 @@ def test_one_rank_finds_nothing_where_there_are_no_blocks(config: Any, sizes: li
     shapes = {shard: size for linear, _ in built for shard, size in zip(linear.shards, sizes, strict=False)}
     for tp in (1, 6):
         findings = list(check(SCOPE, config, built, shapes, tp))
-        assert tp > 1 or form in BLOCKS or not findings
+        assert tp > 1 or (form is not None and form.block is not None) or not findings
 
 
 # --- against the real thing ---
@@ -246,6 +265,8 @@ from vllm.model_executor.layers import linear, vocab_parallel_embedding
 from vllm.model_executor import parameter
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import refine_fp8_moe_block_shape
 from vllm.model_executor.layers.quantization import modelopt
+from vllm.model_executor.layers.quantization.compressed_tensors import schemes
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.utils.fp8_utils import validate_fp8_block_shape, validate_fp8_block_shape_moe
 
 BLOCK = [128, 128]
@@ -287,6 +308,35 @@ def by_modelopt(case):
             assert own == met, "other rows' scales"
             place += rows
 
+def by_groups(case, config, name, size):
+    # Each stored scale says its shard, its row and its group; each code of a rank must meet its own.
+    groups = torch.arange(-(-case["k"] // size))
+    stored = [(torch.arange(n).view(-1, 1) + 10_000 * s) * 1000.0 + groups for s, n in enumerate(case["rows"])]
+    for rank in range(case["tp"]):
+        world(case["tp"], rank)
+        layer = build(case, config)
+        layer.weight_scale.data = torch.full(layer.weight_scale.shape, -1.0, dtype=torch.float64)
+        names = {"qkv": "qkv", "merged": range(len(stored)), "row": [None]}[case["kind"]]
+        for shard, scale in zip(names, stored):
+            layer.weight_loader_v2(layer.weight_scale, scale.double(), *([] if shard is None else [shard]))
+        columns = getattr(layer, name).shape[1] * (2 if getattr(layer, name).dtype == torch.uint8 else 1)
+        start = rank * columns if case["kind"] == "row" else 0
+        own, place = torch.arange(start, start + columns) // size, 0
+        met = layer.weight_scale[:, torch.arange(columns) // size]
+        for shard, rows in enumerate(getattr(layer, "output_partition_sizes", case["rows"])):
+            copies = layer.num_kv_head_replicas if case["kind"] == "qkv" and shard else 1
+            first = 0 if case["kind"] == "row" else rank // copies * rows
+            wanted = (torch.arange(first, first + rows).view(-1, 1) + 10_000 * shard) * 1000.0 + own
+            assert torch.equal(met[place : place + rows], wanted.double()), "other codes' scales"
+            place += rows
+
+def grouped(bits, size, **more):
+    arguments = {"num_bits": bits, "type": "float", "strategy": "group", "group_size": size, **more}
+    group = {"targets": ["Linear"], "weights": arguments, "input_activations": None}
+    made = CompressedTensorsConfig.from_config({"format": "float-quantized", "config_groups": {"group_0": group}})
+    made.packed_modules_mapping = {}
+    return made
+
 def experts(case):
     world(case["tp"], 0)
     size = case["size"] // case["tp"]
@@ -312,11 +362,24 @@ def answer(ask, case):
 # This machine has no kernel for blocks; which one is chosen is no part of the question.
 modelopt.select_linear_kernel = lambda *a, **k: None
 modelopt.expose_input_quant_key = lambda *a: None
+for module in vars(schemes).values():
+    for name in ("init_nvfp4_linear_kernel", "init_mxfp4_linear_kernel", "init_mxfp8_linear_kernel", "expose_input_quant_key"):
+        if hasattr(module, name):
+            setattr(module, name, lambda *a, **k: None)
+GROUPED = {
+    "modelopt nvfp4": lambda: (modelopt.ModelOptNvFp4Config("NVFP4", True, None, [], 16), "weight", 16),
+    "modelopt mxfp8": lambda: (modelopt.ModelOptMxFp8Config(True, None, []), "weight", 32),
+    "nvfp4": lambda: (grouped(4, 16, strategy="tensor_group"), "weight_packed", 16),
+    "mxfp4": lambda: (grouped(4, 32), "weight_packed", 32),
+    "mxfp8": lambda: (grouped(8, 32, scale_dtype="torch.uint8"), "weight", 32),
+}
 case = json.load(open(sys.argv[1]))
 with set_current_vllm_config(VllmConfig()), torch.device("cpu"):
     found = {"native": [answer(native, c) for c in case["linears"]],
              "modelopt": [answer(by_modelopt, c) for c in case["linears"]],
              "whole": [answer(whole, c) for c in case["linears"]],
+             **{name: [answer(lambda c: by_groups(c, *made()), c) for c in case["linears"][:120]]
+                for name, made in GROUPED.items()},
              "vocabulary": [answer(vocabulary, c) for c in case["vocabularies"]],
              "experts": [answer(experts, c) for c in case["experts"]]}
 json.dump(found, open(sys.argv[2], "w"))
@@ -377,6 +440,17 @@ def test_the_rules_answer_as_the_real_vllm_does(tmp_path: Path) -> None:
         differ = [(case, theirs) for case, mine, theirs in zip(linears, ours, real[name], strict=True) if mine != theirs]
         assert not differ, f"{name}: {len(differ)} differ, the first {differ[:3]}"
         assert min(ours.count("fits"), ours.count("fails")) > 60
+    of_groups = {
+        "modelopt nvfp4": MODELOPT_NVFP4,
+        "modelopt mxfp8": MODELOPT_MXFP8,
+        "nvfp4": CT_NVFP4,
+        "mxfp4": CT_MXFP4,
+        "mxfp8": CT_MXFP8,
+    }
+    for name, form in of_groups.items():
+        pairs = [(case, our_answer(case, form), theirs) for case, theirs in zip(linears, real[name], strict=False)]
+        assert [pair for pair in pairs if pair[1] != pair[2]] == [], name
+        assert min([mine for _, mine, _ in pairs].count(word) for word in ("fits", "fails")) > 20
     for case, theirs in zip(sizes, real["experts"], strict=True):
         shapes = [[(case["size"], case["hidden"])] * 2, [(case["hidden"], case["size"])]]
         findings = [f for (linear, _), at in zip(expert(0), shapes, strict=True) for f in found({}, case["tp"], linear, at, NATIVE)]

@@ -90,7 +90,7 @@ def test_amaxes_that_are_not_there(first: Path, tmp_path: Path) -> None:
     run(tmp_path / "half", *FP8, amax=first)
     with pytest.raises(RecipeError) as caught:
         planned(tmp_path / "out", "keep=[lm_head, visual]", "kv_cache=null", amax=tmp_path / "half")
-    assert "the recipe needs 4 amaxes that are not in it: model.layers.1.self_attn.q_proj.input_amax, " in str(caught.value)
+    assert "the recipe needs 4 amaxes that are not in it: model.layers.1.mlp.down_proj.input_amax, " in str(caught.value)
     assert str(caught.value).endswith(" and 1 more")
     assert caught.value.hint == "leave --amax out to calibrate"
     with pytest.raises(
@@ -139,9 +139,11 @@ def test_a_resumed_run_notices_other_amaxes(first: Path, tmp_path: Path, monkeyp
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ckptq.convert._write_files", stop)
+    monkeypatch.setattr("ckptq.convert._write_files", stop)
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", *COMPRESSED, amax=first)
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
     other = edited(first, tmp_path / "amax", lambda b: b["amax"].update({"model.layers.0.mlp.down_proj.input_amax": 1.0}))
     with pytest.raises(OutputError, match=r"the interrupted job there is another one\n  - amax\.digest: "):
         run(tmp_path / "out", *COMPRESSED, amax=other, resume=True)

@@ -35,3 +35,4 @@ def test_versions_are_in_order_and_no_row_repeats_another() -> None:
         assert len({getattr(s, name) for s in SERVERS.values()}) > 1, f"{name} differs nowhere: it needs no flag"
     for server in SERVERS.values():
         assert server.algos_alone <= server.algos
+        assert server.algos_mixed < server.algos, "a mixed checkpoint is mixed of what there is"

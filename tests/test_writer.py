@@ -4,7 +4,8 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from ckptq.checkpoint import TensorSpec, read_header
 from ckptq.errors import OutputError
-from ckptq.writer import TensorFile, copy_file, write_text, writing
+from ckptq.writer import TensorFile, copy_bytes, copy_file, write_text, writing
 
 SPECS = (
     TensorSpec("scale", "F32", ()),
@@ -161,3 +162,113 @@ def test_what_the_system_says(number: int, message: str, hint: str, tmp_path: Pa
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="can't be written: No such file"):
         TensorFile(tmp_path / "missing" / "a", SPECS, OFFSETS)
+
+
+# Copies by the kernel
+
+CONTENT = bytes(range(256)) * 9000  # two blocks of a copy by hand, and some
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """(source, target), open; the source is longer than what is copied, the target has something in it."""
+    (tmp_path / "source").write_bytes(b"before" + CONTENT + b"after")
+    (tmp_path / "target").write_bytes(b"kept")
+    source, target = os.open(tmp_path / "source", os.O_RDONLY), os.open(tmp_path / "target", os.O_RDWR)
+    yield source, target
+    os.close(source)
+    os.close(target)
+
+
+def refusing(number: int, after: int = 0) -> Callable[..., int]:
+    """A system call that refuses, or does so after it has copied a little: an older kernel, another kind of file system."""
+    left = [after]
+
+    def call(*args: int) -> int:
+        if not left[0]:
+            raise OSError(number, os.strerror(number))
+        count, left[0] = left[0], 0
+        source, target, _, at, to = args
+        return os.pwrite(target, os.pread(source, count, at), to)
+
+    return call
+
+
+REFUSALS = [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM]
+
+
+def copied(files: tuple[int, int]) -> bytes:
+    source, target = files
+    copy_bytes(source, 6, target, 4, len(CONTENT))
+    assert os.pread(target, 4, 0) == b"kept"
+    return os.pread(target, len(CONTENT) + 9, 4)
+
+
+def test_the_kernel_copies(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing passes through this process where it does."""
+    monkeypatch.delattr(os, "pread")
+    monkeypatch.delattr(os, "pwrite")
+    source, target = files
+    copy_bytes(source, 6, target, 4, len(CONTENT))
+    monkeypatch.undo()
+    assert os.pread(target, len(CONTENT) + 9, 4) == CONTENT
+
+
+@pytest.mark.parametrize("after", [0, 100_000])
+@pytest.mark.parametrize("number", REFUSALS)
+def test_sendfile_where_copy_file_range_is_refused(
+    files: tuple[int, int], monkeypatch: pytest.MonkeyPatch, number: int, after: int
+) -> None:
+    sent: list[int] = []
+    inner = os.sendfile
+    monkeypatch.setattr(os, "copy_file_range", refusing(number, after))
+    monkeypatch.setattr(os, "sendfile", lambda *args: sent.append(inner(*args)) or sent[-1])
+    assert copied(files) == CONTENT
+    assert sum(sent) == len(CONTENT) - after
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_by_hand_where_both_are_refused(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "copy_file_range", refusing(number))
+    monkeypatch.setattr(os, "sendfile", refusing(number))
+    assert copied(files) == CONTENT
+
+
+def test_by_hand_where_the_kernel_copies_nothing(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of files of /proc, and of some FUSE file systems."""
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    monkeypatch.setattr(os, "sendfile", lambda *_: 0)
+    assert copied(files) == CONTENT
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_at_fault_is_no_refusal(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "copy_file_range", refusing(number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        copied(files)
+
+
+def test_a_source_that_ends_early(files: tuple[int, int]) -> None:
+    source, target = files
+    with pytest.raises(OSError, match="the source ended while it was copied"):
+        copy_bytes(source, 6, target, 4, len(CONTENT) + 6)
+
+
+@pytest.mark.parametrize("way", ["copy_file_range", "sendfile", "by hand"])
+def test_threads_copy_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Each to its own place, whatever the descriptor they share says of where it stands."""
+    if way != "copy_file_range":
+        monkeypatch.setattr(os, "copy_file_range", refusing(errno.EXDEV))
+    if way == "by hand":
+        monkeypatch.setattr(os, "sendfile", refusing(errno.EINVAL))
+    (tmp_path / "source").write_bytes(CONTENT)
+    spec, piece = TensorSpec("a", "U8", (len(CONTENT),)), 10_007
+    source = os.open(tmp_path / "source", os.O_RDONLY)
+    with TensorFile(tmp_path / "out", [spec], {"a": 0}) as file, ThreadPoolExecutor(8) as pool:
+        starts = range(0, len(CONTENT), piece)
+        list(pool.map(lambda at: file.copy("a", at, source, at, min(piece, len(CONTENT) - at)), starts))
+        file.flush()
+        file.finish()
+    os.close(source)
+    assert (tmp_path / "out").read_bytes().endswith(CONTENT)
+    assert read_header(tmp_path / "out")["a"]["offset"] + len(CONTENT) == (tmp_path / "out").stat().st_size

@@ -10,7 +10,7 @@ MAX = 6.0
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the codes 0 to 7; bit 3 is the sign."""
 
-_INTEGERS = 1.5 * 2.0**23
+INTEGERS = 1.5 * 2.0**23
 """From 2 ** 23 to 2 ** 24 a float32 has no fraction: an addition rounds to nearest even, and the sum ends in the integer's bits."""
 
 
@@ -23,10 +23,10 @@ def pack(quotients: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, des
     line = desk.take("line", quotients.numel(), torch.float32).view(quotients.shape)
     low = desk.take("low", quotients.numel(), torch.uint8).view(quotients.shape)
     next_ = desk.take("next", quotients.numel(), torch.uint8).view(quotients.shape)
-    low.copy_(torch.add(desk.number("integers", _INTEGERS), quotients, alpha=2, out=line).view(torch.int32))
-    next_.copy_(torch.add(quotients, _INTEGERS + 2, out=line).view(torch.int32))
+    low.copy_(torch.add(desk.number("integers", INTEGERS), quotients, alpha=2, out=line).view(torch.int32))
+    next_.copy_(torch.add(quotients, INTEGERS + 2, out=line).view(torch.int32))
     torch.minimum(low, next_, out=low)
-    next_.copy_(quotients.mul_(0.5).add_(_INTEGERS + 4).view(torch.int32))
+    next_.copy_(quotients.mul_(0.5).add_(INTEGERS + 4).view(torch.int32))
     torch.minimum(low, next_, out=low).clamp_(max=7).bitwise_or_(patterns.signs(values, desk))
     pairs = low.view(torch.int16)
     both = desk.take("patterns", pairs.numel(), torch.int16).view(pairs.shape)

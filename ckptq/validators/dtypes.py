@@ -15,6 +15,10 @@ CODES = {
         "config.json declares another dtype than the unquantized weights have",
         "vLLM 0.32.0 transformers_utils/model_arch_config_convertor.py get_torch_dtype; config/model.py _resolve_auto_dtype",
     ),
+    "config.dtype-refused": Code(
+        "config.json declares a dtype that the server does not run this method in",
+        "vLLM 0.32.0 config/vllm.py VllmConfig._get_quantization_config",
+    ),
 }
 _STORED = {"float16": "F16", "bfloat16": "BF16"}
 _EFFECT = {
@@ -26,6 +30,12 @@ _EFFECT = {
 def check(at: Expected, stored: Stored) -> Iterator[Finding]:
     """A finding where most unquantized weights are BF16 and are served as F16, or the other way around. F32 is served as either."""
     declared = served_dtype(stored.config, at.scope)
+    if declared in _STORED and declared not in at.settings.dtypes:
+        yield error(
+            "config.dtype-refused", "config.json: dtype", " or ".join(sorted(at.settings.dtypes)), declared,
+            f"vLLM refuses to start: it runs {at.settings.format} in no other dtype",
+            "declare bfloat16, which rounds what is not quantized, or quantize in another format",
+        )  # fmt: skip
     own = _STORED.get(declared)
     kept = Counter(spec.dtype for name in at.parameters if (spec := at.tensors.get(name)) and spec.dtype in _STORED.values())
     if own and kept and (most := kept.most_common(1)[0][0]) != own:

@@ -49,8 +49,8 @@ class Format:
     packed          codes in one stored element: [n, k / packed] is stored
     block           [rows, columns] under one local scale, for granularities block and group
     dropped         kinds of scale that the server takes and leaves unused
-    whole_columns   columns (per rank) that are no whole blocks are refused with one rank, too
-    unchecked_rows  nothing refuses shards of a fused linear that end in part of a block
+    whole_columns   columns (per rank) have to be whole blocks with one rank, too
+    unchecked       where nothing refuses a cut through a block, so that some codes come to lie beside other scales
     refined         experts' blocks are cut finer where a rank's share is no whole block
     aligned         what rows and columns per rank should be multiples of
     """
@@ -64,7 +64,7 @@ class Format:
     block: tuple[int, int] | None = None
     dropped: tuple[str, ...] = ()
     whole_columns: bool = False
-    unchecked_rows: bool = False
+    unchecked: Literal["nowhere", "rows", "columns"] = "nowhere"
     refined: bool = False
     aligned: int = 1
 
@@ -104,7 +104,7 @@ def fp8(
     static: bool = False,
     block: tuple[int, int] | None = None,
     whole_columns: bool = False,
-    unchecked_rows: bool = False,
+    unchecked: Literal["nowhere", "rows"] = "nowhere",
 ) -> Format:
     """F8_E4M3 [n, k] with F32 scales for a tensor, its rows or its blocks. utils/fp8_utils.py create_fp8_scale_parameter.
 
@@ -117,7 +117,7 @@ def fp8(
         scales,
         block=block,
         whole_columns=whole_columns,
-        unchecked_rows=unchecked_rows,
+        unchecked=unchecked,
         refined=kind == "weight_scale_inv",
         aligned=1 if block else 16,
     )
@@ -128,7 +128,7 @@ MODELOPT_FP8 = fp8("ModelOpt FP8", "tensor", SCALAR, static=True)
 # [n, 1] raises there, and so does any input_scale: the parameter does not exist.
 MODELOPT_PER_CHANNEL = fp8("ModelOpt FP8_PER_CHANNEL_PER_TOKEN", "channel", ("n",))
 MODELOPT_BLOCK = fp8(
-    "ModelOpt FP8_PB_WO", "block", ("nb 1 kb 1",), block=BLOCK, whole_columns=True, unchecked_rows=True,
+    "ModelOpt FP8_PB_WO", "block", ("nb 1 kb 1",), block=BLOCK, whole_columns=True, unchecked="rows",
 )  # fmt: skip
 
 # modelopt.py KNvfp4Static, KNvfp4Dynamic, _DropInputScale. The largest weight_scale_2 and input_scale of a fused linear counts.
@@ -176,18 +176,20 @@ def compressed_tensors_int8(granularity: Granularity, *, static: bool) -> Format
 _CT_NVFP4 = (Scales("weight_scale", _GROUPS, "F8_E4M3"), Scales("weight_global_scale", SCALAR))
 CT_NVFP4 = Format(
     "compressed-tensors NVFP4", "group", (*_CT_NVFP4, Scales("input_global_scale", SCALAR)), "weight_packed", "U8", 2,
-    (1, NVFP4_GROUP), whole_columns=True,
+    (1, NVFP4_GROUP), whole_columns=True, unchecked="columns",
 )  # fmt: skip
 CT_NVFP4_A16 = Format(
-    "compressed-tensors NVFP4A16", "group", _CT_NVFP4, "weight_packed", "U8", 2, (1, NVFP4_GROUP), whole_columns=True
+    "compressed-tensors NVFP4A16", "group", _CT_NVFP4, "weight_packed", "U8", 2, (1, NVFP4_GROUP), whole_columns=True,
+    unchecked="columns",
 )  # fmt: skip
 # compressed_tensors/schemes/compressed_tensors_w4a4_mxfp4.py and w8a8_mxfp8.py.
 CT_MXFP4 = Format(
     "compressed-tensors MXFP4", "group", (Scales("weight_scale", _GROUPS, "U8"),), "weight_packed", "U8", 2, (1, MX_GROUP),
-    whole_columns=True,
+    whole_columns=True, unchecked="columns",
 )  # fmt: skip
 CT_MXFP8 = Format(
-    "compressed-tensors MXFP8", "group", (Scales("weight_scale", _GROUPS, "U8"),), block=(1, MX_GROUP), whole_columns=True
+    "compressed-tensors MXFP8", "group", (Scales("weight_scale", _GROUPS, "U8"),), block=(1, MX_GROUP), whole_columns=True,
+    unchecked="columns",
 )  # fmt: skip
 
 WEIGHT_KINDS = ("weight", "weight_packed")

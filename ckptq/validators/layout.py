@@ -88,7 +88,7 @@ def _linear(linear: ServerLinear, at: Expected, idle: Callable[[], str]) -> Iter
     codes = [spec for module in linear.shards for spec in _codes(module, at)]
     scales = [name for m in linear.shards for kind in SCALE_KINDS if (name := f"{m}.{kind}") in at.tensors]
     if isinstance(built, Format):
-        if unconverted(linear.shards[0], at) or (linear.part == "head" and not codes and not scales):
+        if _unconverted(linear.shards[0], at) or (linear.part == "head" and not codes and not scales):
             yield from (_not_excluded(module, linear, built, at, idle()) for module in linear.shards)
             return
         for module in linear.shards:
@@ -132,7 +132,7 @@ def _refused(linear: ServerLinear, at: Expected) -> Finding:
     )  # fmt: skip
 
 
-def unconverted(module: str, at: Expected) -> bool:
+def _unconverted(module: str, at: Expected) -> bool:
     """Whether a linear that is built quantized is stored as the source had it, which layout.not-excluded says."""
     if at.format_of(module) is None:
         return False
@@ -142,6 +142,13 @@ def unconverted(module: str, at: Expected) -> bool:
         f"{m}.{kind}" in at.tensors for m in shards for kind in SCALE_KINDS
     )
     return bool(weights) and not stored
+
+
+def otherwise_stored(module: str, at: Expected) -> bool:
+    """Whether the linear is quantized here and not there, so that its weight's name and shape are no further fault."""
+    if module not in at.linears:
+        return False
+    return _unconverted(module, at) if at.format_of(module) else any(True for _ in _codes(module, at))
 
 
 def _include(at: Expected) -> str:
@@ -164,8 +171,11 @@ def _not_excluded(module: str, linear: ServerLinear, form: Format, at: Expected,
     }[at.settings.method]
     key, both = at.settings.key, at.settings.method == "modelopt" and at.settings.file.startswith("config.json")
     lists = f"{key} in config.json and exclude_modules in hf_quant_config.json" if both else key
+    mend = f"add it to {lists}. {how}"
+    if at.settings.format == MIXED:
+        mend = "take it off quantized_layers in both files; of a fused linear one shard on the list is enough to quantize all of it"
     if form.weight != "weight" or form.packed > 1:
-        effect = f"vLLM raises: it looks for {form.weight} in {form.codes}, {form.packed} codes an element"
+        effect = f"vLLM raises: it wants {form.weight} in {form.codes} with {form.packed} codes an element, and scales"
     else:
         effect = f"vLLM would cast it to {_NUMBERS[form.codes]} without a scale, silently, and {part}"
     return error(
@@ -174,7 +184,7 @@ def _not_excluded(module: str, linear: ServerLinear, form: Format, at: Expected,
         f"a module that is kept as it was is listed in {at.settings.key}; this one is not",
         f"{spec.dtype}, without scales{idle}" if spec else f"not stored (tied to the embeddings), without scales{idle}",
         effect,
-        f"add it to {lists}. {how}",
+        mend,
     )
 
 
@@ -193,8 +203,9 @@ def _shard_width(linear: ServerLinear, at: Expected) -> Iterator[Finding]:
 def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
     spec = at.tensors.get(parameter.name)
     module, _, kind = parameter.name.rpartition(".")
+    said = kind in WEIGHT_KINDS and otherwise_stored(module, at)
     if spec is None:
-        if parameter.required and not unconverted(module, at):
+        if parameter.required and not said:
             form = at.format_of(module)
             codes = form is not None and kind == form.weight
             yield error(
@@ -207,7 +218,7 @@ def _parameter(parameter: Parameter, at: Expected) -> Iterator[Finding]:
     fits = len(spec.shape) == len(parameter.shape) and all(
         want in (None, have) for want, have in zip(parameter.shape, spec.shape, strict=True)
     )
-    if not fits and not (at.format_of(module) is None and module in at.linears and spec.dtype not in FLOATS):
+    if not fits and not said:
         yield error(
             "layout.shape", parameter.name, f"{_shape(parameter.shape)}, from config.json", str(list(spec.shape)),
             _shape_effect(parameter, spec, at), "export again, or mend the sizes in config.json",

@@ -78,9 +78,10 @@ def _codes_dtype(weight: TensorSpec, form: Format) -> Iterator[Finding]:
 def _whole_columns(name: str, matrix: tuple[int, int], form: Format) -> Iterator[Finding]:
     columns = form.block[1] if form.block and form.whole_columns else 1
     if matrix[1] % columns:
+        silent = ", or loads the scales of whole groups alone, silently"
         yield error(
             "layout.columns", name, f"columns that are a multiple of {columns}: {form.name}", str(matrix[1]),
-            "vLLM raises when it builds this linear", "exclude it, or quantize it per tensor or per channel",
+            f"vLLM raises{'' if form.unchecked == 'nowhere' else silent}", "exclude it, or quantize it per tensor or per channel",
         )  # fmt: skip
 
 

@@ -252,15 +252,16 @@ def _blocks(cut: _Cut, form: Format, block: tuple[int, int], rows: list[int], co
 
     fp8_utils.py validate_fp8_block_shape lets the last block of a linear be partial where nothing follows it, and with one rank
     the columns' too. ModelOpt's FP8_PB_WO wants whole blocks of columns always; its rows nothing validates: linear.py
-    adjust_block_scale_shard rounds a shard's place up, so its scales come to lie beside other rows. Groups are parts of one row.
+    adjust_block_scale_shard rounds a shard's place up, so its scales come to lie beside other rows. Groups are parts of one row;
+    those of compressed-tensors nothing validates, and a rank's start is rounded down.
     """
     followed = rows if cut.split in ("heads", "rows") and cut.tp > 1 else rows[:-1]
     bad = next((n for n in followed if n % block[0]), None)
-    padded = form.unchecked_rows and cut.server.pads_block_rows
-    if bad is None and form.unchecked_rows and not padded and sum(rows) % block[0]:
+    padded = form.unchecked == "rows" and cut.server.pads_block_rows
+    if bad is None and form.unchecked == "rows" and not padded and sum(rows) % block[0]:
         bad = sum(rows)
+    wrong = "vLLM refuses to load it, or computes with other scales than were stored for these codes: wrong answers"
     if bad is not None:
-        wrong = "vLLM refuses to load it or gives rows the scales of other rows: wrong answers"
         yield error(
             "parallel.block-rows", _subject(cut), f"rows per shard and rank that are a multiple of {block[0]}", f"{bad} rows",
             wrong if padded else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
@@ -268,7 +269,7 @@ def _blocks(cut: _Cut, form: Format, block: tuple[int, int], rows: list[int], co
     if (form.whole_columns or (cut.split == "columns" and cut.tp > 1)) and columns % block[1]:
         yield error(
             "parallel.block-columns", _subject(cut), f"columns per rank that are a multiple of {block[1]}", f"{columns} columns",
-            _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
+            wrong if form.unchecked == "columns" else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
         )  # fmt: skip
 
 

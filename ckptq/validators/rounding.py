@@ -23,13 +23,13 @@ PIECE = 1 << 16
 
 # |w / s - q| for q, the nearest E4M3 value to x = w / s. Three bits of fraction: for |x| >= 2^-6 the spacing is 2^-3 of the power
 # of two below |x|, so the error is at most 2^-4 |x|; below, the spacing is 2^-9 and the error at most 2^-10. ModelOpt and
-# llm-compressor round x to BF16 first, which moves it by 2^-9 |x| more. float32 adds 2^-22 |x|.
+# llm-compressor round x to BF16 first, which moves it by up to 2^-8 |x|. float32 adds 2^-22 |x|.
 RELATIVE = 2.0**-4 + 2.0**-8
 ABSOLUTE = 2.0**-10 * (1 + 2.0**-4)
 NEAR = (1 << 19) + (1 << 16)
 """Half a step between codes, in units of float32's last bit where the code's last bit is bit 20, and what BF16 may add."""
 BF16_SHARE = 2.0**-8
-"""What BF16 may move a quotient by, as a share of it: twice 2^-9, for its scale may have been rounded too."""
+"""What BF16 may move a quotient by, as a share of it."""
 SMALL_SCALE, CUT = 2.0**-8, 9.0
 """Down there rounding takes up to half of a group's E4M3 scale: the largest weight over it may be 9, and is cut to the code 6."""
 ROUNDING = {"BF16": (2.0**-8, 1e-40), "F16": (2.0**-11, 2.0**-25), "F32": (2.0**-23, 1e-45), "F64": (2.0**-23, 1e-45)}
@@ -243,7 +243,7 @@ def limits(x: F32, number: Number, out: F32) -> None:
     """out = how far a code's value may be from the quotients x that it stands for: half a step there, and what BF16 adds.
 
     E2M1's steps are 1/2 below 2, 1 below 4 and 2 above: half of one is a quarter of the power of two below x, which is x without
-    its fraction.
+    its fraction. Its scales of groups may go through BF16 as well, for they are stored as products.
     """
     import numpy as np
 
@@ -258,7 +258,7 @@ def limits(x: F32, number: Number, out: F32) -> None:
         np.clip(out, 1, 4, out=out)
         bits = out.view(np.uint32)
         np.bitwise_and(bits, np.uint32(0x7F800000), out=bits)
-        np.multiply(out, np.float32(0.25 + 2 * BF16_SHARE), out=out)
+        np.multiply(out, np.float32(0.25 + 4 * BF16_SHARE), out=out)
 
 
 def _within(x: F32, q: F32, limit: F32, spare: F32, number: Number) -> bool:

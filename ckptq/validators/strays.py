@@ -9,7 +9,7 @@ from ckptq.validators import Code, Finding, error, warning
 from ckptq.validators.expected import Expected
 from ckptq.validators.formats import SCALE_KINDS, WEIGHT_KINDS
 from ckptq.validators.kv import KV_KINDS, layer_slot
-from ckptq.validators.layout import unconverted
+from ckptq.validators.layout import otherwise_stored
 from ckptq.validators.linears import stray
 
 _LOADER = "vLLM 0.32.0 model_executor/models/utils.py AutoWeightsLoader._load_module"
@@ -32,7 +32,9 @@ def check(at: Expected) -> Iterator[Finding]:
     known = {*at.parameters, *on_towers}
     for name in at.tensors:
         module, _, kind = name.rpartition(".")
-        if name in known or (kind in SCALE_KINDS and module in at.linears) or layer_slot(name, at) or _said(name, at):
+        if name in known or (kind in SCALE_KINDS and module in at.linears) or layer_slot(name, at):
+            continue
+        if kind in WEIGHT_KINDS and otherwise_stored(module, at):
             continue
         if kind in SCALE_KINDS or name.endswith(KV_KINDS):
             yield stray(name, "no quantized linear or attention of the server has this name")
@@ -55,14 +57,6 @@ def check(at: Expected) -> Iterator[Finding]:
             "this version of vLLM passes it over and takes the embeddings, which is wrong where they differ",
             "untie the model in config.json, or remove the tensor",
         )  # fmt: skip
-
-
-def _said(name: str, at: Expected) -> bool:
-    """Whether layout.py speaks of this weight: stored under a name that its format does not have."""
-    module, _, kind = name.rpartition(".")
-    if kind not in WEIGHT_KINDS or module not in at.linears:
-        return False
-    return at.format_of(module) is None or unconverted(module, at)
 
 
 def _dropped_when_unknown(name: str, scope: Scope) -> bool:

@@ -31,7 +31,7 @@ CODES = {
     "server.lossy-cast": Code(
         "vLLM's loader copied values into a dtype that changes them", _LOADER + "models/utils.py AutoWeightsLoader._load_param"
     ),
-    "server.no-kernel": Code("this machine's vLLM can load the format but not compute with it"),
+    "server.no-kernel": Code("this machine's vLLM can load the format but has no kernel of its own to compute with it"),
 }
 
 _LINES = 12
@@ -98,6 +98,8 @@ def findings(trace: Mapping[str, Any], name: str, stored: Sequence[str]) -> Iter
         yield from _truncated(trace)
         yield from _casts(trace)
     if trace["generated"]:
+        if lacking := _lacking(trace):
+            yield _not_the_servers(trace, name, lacking)
         yield from vllm_answers.check(trace["generated"])
 
 
@@ -105,7 +107,7 @@ def _stopped(trace: Mapping[str, Any], name: str) -> Finding:
     problem, stage = trace["error"], trace["stage"]
     message = f": {_last(problem['message'])}" if problem["message"].strip() else ""
     found = f"{problem['type']} while {_DOING[stage]}{message}"
-    lacking = [kernel for kernel in trace["stand_ins"] if kernel != "scaled_fp8_quant"]
+    lacking = _lacking(trace)
     if stage in ("engine", "generate") and lacking:
         return warning(
             "server.no-kernel", name, "vLLM generates", found,
@@ -116,6 +118,21 @@ def _stopped(trace: Mapping[str, Any], name: str) -> Finding:
         "server.failed", name, "vLLM loads the checkpoint" if stage != "generate" else "vLLM generates",
         f"{found}\nat {problem['where']}", "it can't be served",
         _FIRST_MEND,
+    )  # fmt: skip
+
+
+def _lacking(trace: Mapping[str, Any]) -> list[str]:
+    """Kernels that vLLM has for other devices. What it needs while loading alone is as good as its own."""
+    return [kernel for kernel in trace["stand_ins"] if kernel != "scaled_fp8_quant"]
+
+
+def _not_the_servers(trace: Mapping[str, Any], name: str, lacking: Sequence[str]) -> Finding:
+    return warning(
+        "server.no-kernel", name, "answers by the server's own kernels",
+        f"vLLM on this machine ({trace['platform']}) has none for it: {', '.join(lacking)}; ckptq stood in for them",
+        "the answers come from dequantized weights, with activations as they are or quantized in an emulation: "
+        "good for finding what is broken, and not the server's numbers",
+        "generate on the machine that will serve it",
     )  # fmt: skip
 
 
@@ -216,8 +233,10 @@ def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
             )
             if missing["part"] and parameter["written"]:
                 found += f", while other parts of the server's {'.'.join(name.split('.')[-2:])} got theirs"
-            # Of a fused linear the largest is taken, and they are most often equal: process_weights_after_loading.
-            rest = leaf == "input_scale" and parameter["written"] > 0
+            # Of a fused linear the largest is taken, and they are most often equal: process_weights_after_loading. What nothing
+            # wrote is the smallest number in FP8, and in NVFP4 memory as it was.
+            fp4 = f"{name.rpartition('.')[0]}.weight_scale_2" in trace["parameters"]
+            rest = leaf == "input_scale" and parameter["written"] > 0 and not fp4
             yield (warning if rest else error)(
                 "server.unwritten", names.of(name, missing["part"]), "a value for every element of the server's parameter", found,
                 "the largest of the others is taken" if rest else _left(leaf), _store(leaf),
@@ -271,6 +290,8 @@ def _truncated(trace: Mapping[str, Any]) -> Iterator[Finding]:
 
 _WIDE = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 """Formats that hold numbers as they are, with the bits of their significands."""
+_SAME_BITS = {"int8", "uint8"}
+"""Torch's copy from one to the other wraps around."""
 
 
 def _casts(trace: Mapping[str, Any]) -> Iterator[Finding]:
@@ -284,15 +305,25 @@ def _casts(trace: Mapping[str, Any]) -> Iterator[Finding]:
             if parameter.get("exempt") == KV_SCALE and before in _WIDE and after in _WIDE:
                 continue
             changed = f"{cast['changed']} of {cast['elements']} values changed" if cast["changed"] else "no value changed"
-            benign = (before in _WIDE and after in _WIDE) or (before[:6] == after[:6] == "float8" and not cast["changed"])
-            yield (warning if benign else error)(
+            yield (warning if _benign(key, before, after, cast["changed"]) else error)(
                 "server.lossy-cast", key, f"{after}, the dtype of the server's parameter" if cast["parameter"] else after,
                 f"{before}; {changed}", _cast_effect(before, after),
                 "store the dtype that the config declares, or mend the config's list of what stays unquantized",
             )  # fmt: skip
 
 
+def _benign(key: str, before: str, after: str, changed: int) -> bool:
+    """Whether the server still holds what was meant: in a scale the numbers count, in codes the bits."""
+    if (before in _WIDE and after in _WIDE) or {before, after} == _SAME_BITS:
+        return True
+    scale = "scale" in key.rpartition(".")[2]
+    numbers = (before in _WIDE and after.startswith("float8")) or (before in ("int32", "int64") and after == "uint8")
+    return not changed and ((scale and numbers) or before[:6] == after[:6] == "float8")
+
+
 def _cast_effect(before: str, after: str) -> str:
+    if {before, after} == _SAME_BITS:
+        return "the bits stay what they are"
     if before in _WIDE and after in _WIDE:
         return "the values are rounded"
     if before in _WIDE:

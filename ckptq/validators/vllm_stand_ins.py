@@ -47,6 +47,12 @@ def _swap(undo: list[Callable[[], None]], owner: Any, name: str, value: Any) -> 
     undo.append(lambda: setattr(owner, name, old))
 
 
+def _swap_everywhere(undo: list[Callable[[], None]], real: Any, value: Any) -> None:
+    """In every module of vLLM that has imported `real` by its name."""
+    for module in [m for key, m in sys.modules.items() if key.startswith("vllm.") and vars(m).get(real.__name__) is real]:
+        _swap(undo, module, real.__name__, value)
+
+
 def _use(used: list[str], name: str) -> None:
     if name not in used:
         used.append(name)
@@ -101,9 +107,9 @@ def _stand_in_linears(used: list[str], undo: list[Callable[[], None]]) -> None:
             body |= {} if values is _blocks else {"process_weights_after_loading": process}
         return type(kernel.__name__, (kernel,), body)
 
-    weight_only = standing_in(linear.MarlinNvFp4LinearKernel, _nvfp4)
-    # init_nvfp4_linear_kernel takes it by this name for weights alone, whatever the table has.
-    _swap(undo, linear, "MarlinNvFp4LinearKernel", weight_only)
+    # For weights alone it is taken by its name, whatever the table has: here, and by modelopt.py of 0.26.0.
+    importlib.import_module("vllm.model_executor.layers.quantization.modelopt")
+    _swap_everywhere(undo, linear.MarlinNvFp4LinearKernel, standing_in(linear.MarlinNvFp4LinearKernel, _nvfp4))
     for table, kernel in (
         ("_POSSIBLE_FP8_BLOCK_KERNELS", standing_in(BlockWiseTorchFP8ScaledMMLinearKernel, _blocks)),
         ("_POSSIBLE_NVFP4_KERNELS", standing_in(linear.EmulationNvFp4LinearKernel)),
@@ -174,6 +180,4 @@ def _stand_in_experts(used: list[str], undo: list[Callable[[], None]]) -> None:
         importlib.import_module(f"vllm.model_executor.layers.quantization.{method}")
     swaps = {select_fp8_moe_backend: choose, convert_to_fp8_moe_kernel_format: convert, make_fp8_moe_kernel: make}
     for new, real in swaps.items():
-        for module in [m for name, m in sys.modules.items() if name.startswith("vllm.")]:
-            if vars(module).get(new.__name__) is real:
-                _swap(undo, module, new.__name__, new)
+        _swap_everywhere(undo, real, new)

@@ -15,7 +15,21 @@ from typing import Literal
 from corpus.edit import Edit
 
 Needs = Literal["source", "record"]
-PARTS = ("tensors", "shapes", "values", "configs", "formats", "models", "excludes", "files", "moe", "quark", "groups", "mixed")
+PARTS = (
+    "tensors",
+    "shapes",
+    "values",
+    "configs",
+    "formats",
+    "models",
+    "excludes",
+    "files",
+    "moe",
+    "quark",
+    "groups",
+    "group_values",
+    "mixed",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class LogitsTap:
 
         def compute_logits(*args: Any, **kwargs: Any) -> Any:
             logits = compute(*args, **kwargs)
-            self.calls.append(logits.detach().float().clone())
+            self.calls.append(logits.detach().float().cpu().clone())
             return logits
 
         model.compute_logits = compute_logits
@@ -110,9 +110,11 @@ class Judge:
         self.tap.clear()
         [output] = self.llm.generate([request], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         tokens = output.prompt_token_ids
-        found = [call for call in self.tap.calls if call.shape[0] == len(tokens) - 1]
+        positions = len(tokens) - 1
+        # vLLM 0.26 on a GPU scores the position after the prompt along with it.
+        found = [call[:positions] for call in self.tap.calls if call.shape[0] in (positions, positions + 1)]
         if len(found) != 1:
-            raise RuntimeError(f"expected one call over {len(tokens) - 1} positions, found {[c.shape[0] for c in self.tap.calls]}")
+            raise RuntimeError(f"expected one call over {positions} positions, found {[c.shape[0] for c in self.tap.calls]}")
         scored = torch.log_softmax(found[0][-last:], dim=-1)
         wanted = torch.tensor(tokens[-last:])
         ours = scored.gather(1, wanted[:, None])[:, 0]

@@ -40,6 +40,7 @@ class Settings:
     kv_key   the setting that makes it so, or "" where the file can't say it
     section  the whole section, for the method's own use
     server   whose rules count
+    dtypes   in which the server runs this method: what is not quantized, and activations outside the kernels
     """
 
     file: str
@@ -51,6 +52,7 @@ class Settings:
     kv_key: str
     section: Mapping[str, Any]
     server: Server
+    dtypes: frozenset[str] = frozenset({"float16", "bfloat16"})
 
 
 class Method(Protocol):

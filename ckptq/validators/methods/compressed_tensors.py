@@ -138,9 +138,14 @@ def denied(section: Mapping[str, Any], file: str, server: Server) -> Finding | N
 
 
 def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | None:
-    """The settings. Raises UnsupportedError where a group's numbers, or a class that it names, are not known to ckptq."""
+    """The settings. Raises UnsupportedError for transforms, and where a group's numbers or a class that it names are not known."""
     if has_errors(check(section, file, server)):
         return None
+    if section.get("transform_config"):
+        raise UnsupportedError(
+            f"{file}.transform_config: transforms can't be checked yet",
+            hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
+        )
     words = []
     for name, group in section["config_groups"].items():
         if _is_attention(group):

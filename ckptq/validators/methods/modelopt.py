@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -137,7 +138,9 @@ def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | No
     if algo == "NVFP4" and server.groups_decide and _weights_alone(section):
         algo = "W4A16_NVFP4"
     kv_key = "kv_cache_scheme" if flat else "kv_cache_quant_algo"
-    return Settings(file, "modelopt", algo, exclude_list(body, key), key, _kv_fp8(_kv_said(section)), kv_key, section, server)
+    found = Settings(file, "modelopt", algo, exclude_list(body, key), key, _kv_fp8(_kv_said(section)), kv_key, section, server)
+    # ModelOptMxFp8Config.get_supported_act_dtypes.
+    return replace(found, dtypes=frozenset({"bfloat16"})) if algo == "MXFP8" else found
 
 
 _STOPS = ("config.quant-algo", "config.required-key", "config.group-size", "config.quantized-layers")
