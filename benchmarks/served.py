@@ -44,6 +44,8 @@ LIMIT = 180
 NO_FP4 = "MarlinNvFp4LinearKernel,HummingNvFp4LinearKernel"
 """NVFP4's kernels for weights alone. Without them a GPU that has no FP4 units takes its emulation, which quantizes activations."""
 
+UNMEASURED = 4
+"""Exit code of evaluate.py where it was served, and what came back can't be trusted."""
 LACKING = "static_scaled_fp8_quant"
 
 Row = dict[str, Any]
@@ -59,7 +61,7 @@ class Trial:
 
 
 def main() -> int:
-    """Runs and merges. Returns 1 where a checkpoint could not be made."""
+    """Runs and merges. Returns 1 where a checkpoint could not be made, or not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")
@@ -81,10 +83,12 @@ def main() -> int:
         with ThreadPoolExecutor(args.jobs) as pool:
             made = dict(zip(names, pool.map(lambda name: convert(name, Path(work)), names), strict=True))
             ready = [t for t in found if made[t.name]]
+            measured = 0
             for row in pool.map(lambda t: serve(t, Path(work), args.vllm_python, args.scenes), ready):
                 print(json.dumps(row), file=sys.stderr, flush=True)
-                keep(args.out, [row])
-    return 0 if len(ready) == len(found) else 1
+                measured += row is not None
+                keep(args.out, [row] if row else [])
+    return 0 if measured == len(found) else 1
 
 
 def trials(gpu: bool) -> Iterator[Trial]:
@@ -111,19 +115,20 @@ def convert(name: str, work: Path) -> bool:
     return done.returncode == 0
 
 
-def serve(trial: Trial, work: Path, python: Path, scenes: int) -> Row:
-    """One row. A checkpoint that the server refuses has `refused`, its words, in place of figures.
+def serve(trial: Trial, work: Path, python: Path, scenes: int) -> Row | None:
+    """One row, None where it was served and could not be measured. One that the server refuses has `refused`, its words.
 
     vLLM 0.32.0's CPU build lacks the operator with which it quantizes fused shards again, where it does so though their scales
     are equal: then it is served with evaluate.py's reference for that operator, and the row says so.
     """
     row = _serve(trial, work, python, scenes)
-    if LACKING in row.get("refused", "") and row["device"] == "CPU":
-        row = {**_serve(trial, work, python, scenes, "--patch-requantize"), "stand_in": LACKING}
+    if row and LACKING in row.get("refused", "") and row["device"] == "CPU":
+        row = _serve(trial, work, python, scenes, "--patch-requantize")
+        return {**row, "stand_in": LACKING} if row else None
     return row
 
 
-def _serve(trial: Trial, work: Path, python: Path, scenes: int, *options: str) -> Row:
+def _serve(trial: Trial, work: Path, python: Path, scenes: int, *options: str) -> Row | None:
     folder = work / "checkpoints" / trial.name if trial.recipe else SOURCE
     result = work / "results" / f"{trial.name}{'-emulated' if trial.without else ''}.json"
     inputs = ["--model", folder, "--scenes", SCENES, "--first", scenes, "--text", "tests/data/heldout.txt"]
@@ -136,6 +141,8 @@ def _serve(trial: Trial, work: Path, python: Path, scenes: int, *options: str) -
         return {**row, "refused": f"no answer in {LIMIT} s"}
     if done.returncode:
         print(f"{trial.name}: not served: {done.stderr[-4000:]}", file=sys.stderr, flush=True)
+        if done.returncode == UNMEASURED:
+            return None
         return {**row, "refused": reason(done.stderr, done.returncode)}
     figures = json.loads(result.read_text())
     return {

@@ -1,8 +1,8 @@
 """How fast `ckptq validate` reads values, against `cat` of the same files; and how long it takes over the layout of a 72B.
 
-    python benchmarks/validate.py [--rounds 5] [--layers 40] [--work DIR]
+    python benchmarks/validate.py [--rounds 5] [--layers 40] [--recipe NAME ...] [--work DIR]
 
-values  a made-up FP8 checkpoint in the page cache, by turns: `cat FILE... > /dev/null`, `ckptq validate` with a ckptq.json whose
+values  a made-up checkpoint in the page cache, in FP8 or in what the recipes make of it, by turns: `cat FILE... > /dev/null`, `ckptq validate` with a ckptq.json whose
         digests it checks, without one, and without values, which is what starting takes
 layout  the FP8 output for Qwen2.5-VL-72B (real headers over sparse files), `ckptq validate --no-values`
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,25 +34,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--recipe", action="append", help="a shipped recipe, in place of demo; may be given several times")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as name:
         work = Path(name)
-        subprocess.run([sys.executable, "-c", MAKE, work, str(args.layers)], cwd=ROOT, check=True)
-        values(work / "fp8", args.rounds)
+        for recipe in args.recipe or ["demo"]:
+            subprocess.run([sys.executable, "-c", MAKE, work, str(args.layers), recipe], cwd=ROOT, check=True)
+            values(work / recipe, args.rounds)
+            shutil.rmtree(work / recipe)
+        subprocess.run([sys.executable, "-c", MAKE_72B, work], cwd=ROOT, check=True)
         layout(work / "fp8-72b", args.rounds)
 
 
 # In a process of its own: what torch takes there must not count as the peak of a child that begins as this one's copy.
-MAKE = f"""
+_MAKE = f"""
 import sys
 from pathlib import Path
 sys.path[:0] = {sys.path[:2]!r}
 from make_checkpoint import PRESETS, make_checkpoint
 from make_quantized import make_quantized
-work, layers = Path(sys.argv[1]), int(sys.argv[2])
-one = "export.shard_size=5GB"
-make_quantized(make_checkpoint(work / "bf16", layers=layers, sparse=True, **{SHAPE!r}), work / "fp8", one)
+work, one = Path(sys.argv[1]), "export.shard_size=5GB"
+"""
+MAKE = f"""{_MAKE}
+source = work / "bf16"
+if not source.exists():
+    make_checkpoint(source, layers=int(sys.argv[2]), sparse=True, **{SHAPE!r})
+make_quantized(source, work / sys.argv[3], one, name=sys.argv[3])
+"""
+MAKE_72B = f"""{_MAKE}
 make_quantized(make_checkpoint(work / "bf16-72b", **PRESETS["72b"]), work / "fp8-72b", one, sparse=True)
 """
 
@@ -73,7 +84,7 @@ def values(folder: Path, rounds: int) -> None:
                 (folder / RECORD).write_bytes(record)
             found[name].append(measure(command))
     least = {name: min(wall for wall, _ in runs) for name, runs in found.items()}
-    print(f"values: {nbytes / 1e9:.2f} GB in {len(files)} files, {os.cpu_count()} CPUs, {rounds} rounds")
+    print(f"values, {folder.name}: {nbytes / 1e9:.2f} GB in {len(files)} files, {os.cpu_count()} CPUs, {rounds} rounds")
     for name, wall in least.items():
         speed = f", {nbytes / wall / 1e9:.1f} GB/s: {least[CAT] / wall:.2f} of cat" if name not in (CAT, START) else ""
         speed += f", {least[CAT] / (wall - least[START]):.2f} less the start" if speed else ""

@@ -21,8 +21,7 @@ from ckptq.validators.scales import DTYPES, block_of, find_grid
 FP8 = "F8_E4M3"
 SCALE_LIMIT = 1 << 24
 """Bytes of one scale tensor, which is held while its weight is read; a block scale of a 72B's largest weight takes 60 kB."""
-SECTIONS = ("quantization_config", "compression_config")
-"""Keys of config.json under which a quantized checkpoint says so."""
+_SECTIONS = ("quantization_config", "compression_config")
 _FILES = ("hf_quant_config.json", "ckptq.json")
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 # vLLM 0.32.0 layers/quantization/base_config.py get_cache_scale_mapper, quark.py, compressed_tensors.py: scales of what flows.
@@ -51,7 +50,7 @@ def _said(component: Component) -> str:
         if isinstance(section, Mapping):
             inner = section.get("quantization")
             algo = section.get("quant_algo") or (inner.get("quant_algo") if isinstance(inner, Mapping) else None)
-            where = "" if path == SECTIONS[:1] else f" in {'.'.join(path)}"
+            where = "" if path == _SECTIONS[:1] else f" in {'.'.join(path)}"
             return f"config.json says quant_method {section.get('quant_method')!r}" + (f", {algo}" if algo else "") + where
     return f"there is a {_FILES[0]}" if _FILES[0] in component.sidecars else ""
 
@@ -125,12 +124,12 @@ def _dense(component: Component) -> Component:
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, value) of every section on quantization: at the top, or in a part's own config, where transformers puts some."""
-    for key in SECTIONS:
+    for key in _SECTIONS:
         if config.get(key) is not None:
             yield (key,), config[key]
     for part, inner in config.items():
-        if isinstance(inner, Mapping) and part not in SECTIONS and inner.get(SECTIONS[0]) is not None:
-            yield (part, SECTIONS[0]), inner[SECTIONS[0]]
+        if isinstance(inner, Mapping) and part not in _SECTIONS and inner.get(_SECTIONS[0]) is not None:
+            yield (part, _SECTIONS[0]), inner[_SECTIONS[0]]
 
 
 def _is_fp8_weight(spec: TensorSpec) -> bool:
@@ -150,7 +149,7 @@ def _find_codes(component: Component) -> dict[str, Codes]:
     _refuse_others(component)
     tensors = component.tensors
     section = next((section for _, section in _sections(component.config)), None)
-    block = block_of({SECTIONS[0]: section})
+    block = block_of({_SECTIONS[0]: section})
     found = {name: _codes(tensor, tensors, block) for name, tensor in tensors.items() if _is_fp8_weight(tensor.spec)}
     if not found:
         raise _only_fp8("no FP8 weight is stored")

@@ -18,7 +18,6 @@ import torch
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.plan import module_of
-from ckptq.quantized import SECTIONS
 from ckptq.scopes import Scope
 from ckptq.tensors import blank, raw, typed
 from ckptq.validators.dtypes import served_dtype
@@ -160,14 +159,11 @@ class StreamedModel:
 
 
 def _build(folder: Path, component: Component, scope: Scope) -> Any:
-    """The model on `meta`. No code of the checkpoint is run."""
+    """The model on `meta`. No code of the checkpoint is run, and a quantization_config that it may have is not looked at."""
     import transformers
 
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        for part in (config, *vars(config).values()):
-            for key in SECTIONS:  # that of a source which is dequantized on the way
-                getattr(part, "__dict__", {}).pop(key, None)
         with torch.device("meta"):
             model = getattr(transformers, scope.auto_class).from_config(config, dtype=_served_dtype(component, scope))
     return model.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_planner import OBJECTS
 
 from ckptq import quantized
-from ckptq.checkpoint import Codes, Inventory, Reader, SourceTensor, TensorSpec, read_inventory
+from ckptq.checkpoint import Codes, Inventory, Reader, SourceTensor, TensorSpec, fingerprint, read_inventory
 from ckptq.config_text import insert_section, remove_section
 from ckptq.console import Console
 from ckptq.convert import Report, convert, prepare
@@ -334,6 +335,17 @@ def test_a_code_that_is_nan(forms: Callable[[str], tuple[Path, Tensors]], tmp_pa
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     with pytest.raises(DataError, match=f"{UP}weight: holds NaN values"):
         run(BLOCKS, folder, tmp_path / "out", text=True)
+
+
+def test_other_blocks_make_another_source(forms: Callable[[str], tuple[Path, Tensors]], tmp_path: Path) -> None:
+    """Of the same bytes: 768 rows are six blocks of 128, and of 130."""
+    folder = shutil.copytree(forms("native block")[0], tmp_path / "model")
+    one = fingerprint(folder, dense(folder).main)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(re.sub(r"128,\s+128", "130, 130", text))
+    other = dense(folder).main
+    assert other.tensors[WEIGHT].codes != dense(forms("native block")[0]).main.tensors[WEIGHT].codes
+    assert fingerprint(folder, other) != one
 
 
 def test_the_flag_is_a_key_of_the_recipe() -> None:

@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 PROMPT = "Describe the image."
+UNMEASURED = 4
+"""Exit code where it was served, and what came back can't be trusted."""
 CHUNK = 128
 CONTINUED, CONTINUATION = 4, 16
 E4M3_MAX = 448.0
@@ -66,6 +69,10 @@ class LogitsTap:
 
     def clear(self) -> None:
         self.calls.clear()
+
+
+class UnmeasuredError(Exception):
+    """What came back can't be trusted: a fault of this program, not of the server."""
 
 
 class Judge:
@@ -105,7 +112,7 @@ class Judge:
     def forced(self, request: Any, last: int) -> tuple[np.ndarray, np.ndarray]:
         """(log-probabilities float32 [last, vocabulary], the tokens int64 [last]) of the request's last tokens.
 
-        Raises RuntimeError where the logits that were tapped aren't those the server scored its prompt with.
+        Raises UnmeasuredError where the logits that were tapped aren't those the server scored its prompt with.
         """
         self.tap.clear()
         [output] = self.llm.generate([request], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
@@ -114,7 +121,7 @@ class Judge:
         # vLLM 0.26 on a GPU scores the position after the prompt along with it.
         found = [call[:positions] for call in self.tap.calls if call.shape[0] in (positions, positions + 1)]
         if len(found) != 1:
-            raise RuntimeError(f"expected one call over {positions} positions, found {[c.shape[0] for c in self.tap.calls]}")
+            raise UnmeasuredError(f"expected one call over {positions} positions, found {[c.shape[0] for c in self.tap.calls]}")
         scored = torch.log_softmax(found[0][-last:], dim=-1)
         wanted = torch.tensor(tokens[-last:])
         ours = scored.gather(1, wanted[:, None])[:, 0]
@@ -122,7 +129,7 @@ class Judge:
             [entry[token].logprob for entry, token in zip(output.prompt_logprobs[-last:], tokens[-last:], strict=True)]
         )
         if not torch.allclose(ours, server, atol=1e-4):
-            raise RuntimeError(f"tapped logits differ from the server's own scores by {(ours - server).abs().max().item()}")
+            raise UnmeasuredError(f"tapped logits differ from the server's own scores by {(ours - server).abs().max().item()}")
         return scored.numpy(), wanted.numpy()
 
 
@@ -140,7 +147,7 @@ def forced_runs(judge: Judge, wanted: list[tuple[Path, str]], text: Path) -> Ite
     for path, caption in wanted:
         ids = judge.ids(f"{prompt}{caption}<|im_end|>")
         if ids[:start] != judge.ids(prompt):
-            raise RuntimeError(f"{path.name}: the caption changes how the prompt is split into tokens")
+            raise UnmeasuredError(f"{path.name}: the caption changes how the prompt is split into tokens")
         request = {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.open(path).convert("RGB")}}
         yield "caption", *judge.forced(request, len(ids) - start)
     for chunk in chunks(judge, text):
@@ -266,7 +273,12 @@ def main() -> int:
         [weights] = judge.llm.apply_model(loaded_weights)
         np.savez(options.weights, **weights)
     [running] = judge.llm.apply_model(server)
-    options.out.write_text(json.dumps({**measure(judge, options), "server": running}))
+    try:
+        figures = measure(judge, options)
+    except UnmeasuredError:
+        traceback.print_exc()
+        return UNMEASURED
+    options.out.write_text(json.dumps({**figures, "server": running}))
     return 0
 
 
