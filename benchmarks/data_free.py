@@ -101,7 +101,7 @@ def main() -> None:
         make += f"from pathlib import Path\nmake_checkpoint(Path({str(work / 'in')!r}), **{SIZES[args.size]!r})"
         subprocess.run([sys.executable, "-c", make], check=True)
         size = sum(f.stat().st_size for f in (work / "in").glob("*.safetensors"))
-        imports = {name: min((run(["python3" if not code else sys.executable, "-c", code]) for _ in range(3)), key=lambda r: r.wall)
+        imports = {name: min((run([sys.executable, "-c", code]) for _ in range(3)), key=lambda r: r.wall)
                    for name, code in IMPORTS.items() if args.size != "72" or name != "peer"}  # fmt: skip
         print(f"{size / 1e9:.2f} GB, {os.cpu_count()} CPUs, {args.device}, {args.rounds} rounds; imports: ", end="")
         print(", ".join(f"{name} {found.wall:.1f} s {found.rss / 1e6:.0f} MB" for name, found in imports.items()), flush=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/validate.py [--rounds 5] [--layers 40] [--recipe NAME ...] [--work DIR]
 
-values  a made-up checkpoint in the page cache, in FP8 or in what the recipes make of it, by turns: `cat FILE... > /dev/null`, `ckptq validate` with a ckptq.json whose
-        digests it checks, without one, and without values, which is what starting takes
+values  a made-up checkpoint in the page cache, in FP8 or in what the recipes make of it, by turns: `cat FILE... > /dev/null`,
+        `ckptq validate` with a ckptq.json whose digests it checks, without one, and without values, which is what starting takes
 layout  the FP8 output for Qwen2.5-VL-72B (real headers over sparse files), `ckptq validate --no-values`
 
 Each is a process of its own, and counts from its start to its end. Goals, for the fastest rounds: values at 0.7 of the speed of
@@ -73,7 +73,8 @@ def values(folder: Path, rounds: int) -> None:
     nbytes = sum(f.stat().st_size for f in files)
     record = (folder / RECORD).read_bytes()
     scan = [*VALIDATE, str(folder)]
-    commands = {CAT: ["cat", *map(str, files)], "validate, with digests": scan, "validate, without": scan}
+    cat = ["sh", "-c", 'cat "$@" > /dev/null', "sh", *map(str, files)]
+    commands = {CAT: cat, "validate, with digests": scan, "validate, without": scan}
     commands[START] = [*scan, "--no-values"]
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     measure(commands[CAT])  # brings the files into the cache

@@ -31,7 +31,7 @@ BLOCK = 1 << 24
 
 
 def make_quantized(source: Path, folder: Path, *settings: str, sparse: bool = False, name: str = "demo") -> Path:
-    """The output of a shipped recipe for the checkpoint in `source`, with digests in ckptq.json unless `sparse`. Returns `folder`."""
+    """What a shipped recipe makes of the checkpoint in `source`, with digests in ckptq.json unless `sparse`. Returns `folder`."""
     main = read_inventory(source).main
     recipe = load_recipe(name, settings, model=str(source))
     plan = build_plan(recipe, main, find_scope(main.config), find_exporter(recipe.export.format))
@@ -79,7 +79,7 @@ def _fill(folder: Path, plan: Plan) -> dict[str, Mapping[str, str]]:
 def _kind(op: Op, spec: TensorSpec) -> str:
     if isinstance(op, Scale) and op.inverse:
         return "divisor"
-    return "exponent" if isinstance(op, Encode) and op.local is spec and spec.dtype == "U8" else spec.dtype
+    return f"{spec.dtype} scale" if isinstance(op, Encode) and op.local is spec and spec.dtype != "F32" else spec.dtype
 
 
 def _blocks() -> dict[str, tuple[Bytes, Bytes]]:
@@ -91,7 +91,8 @@ def _blocks() -> dict[str, tuple[Bytes, Bytes]]:
         "F8_E4M3": (0x7E, values.mul(448 / 6).to(torch.float8_e4m3fn)),
         "I8": (0x7F, values.mul(30).clamp(-127, 127).to(torch.int8)),
         "U8": (0x77, fp4[::2] | fp4[1::2] << 4),
-        "exponent": (118, values.abs().neg().clamp(-9).add(118).to(torch.uint8)),
+        "F8_E4M3 scale": (0x7E, values.abs().mul(60).clamp(1, 448).to(torch.float8_e4m3fn)),
+        "U8 scale": (118, values.abs().neg().clamp(-9).add(118).to(torch.uint8)),
         "BF16": (None, values.mul(0.02).bfloat16()),
         "F32": (None, torch.full((BLOCK // 4,), 2e-4)),
         "divisor": (None, torch.full((4,), 1e4)),

@@ -89,7 +89,7 @@ def test_the_validator_agrees_with_other_versions(server: Server, tmp_path: Path
 def test_what_it_can_not_judge_is_meant(verdicts: list[Verdict]) -> None:
     """Every reason on the list is one that the corpus has, so that none is left over."""
     reasons = {v.findings[0] for v in verdicts if v.said == UNJUDGED and v.label == "refused"}
-    assert [begins for begins in REFUSALS if not any(reason.startswith(begins) for reason in reasons)] == []
+    assert [begins for begins in REFUSALS if not any(fnmatchcase(reason, f"{begins}*") for reason in reasons)] == []
     wrong = {v.mutant.name for v in verdicts if v.said == UNJUDGED and v.label == "wrong"}
     assert wrong == set(REFUSED_THOUGH_SERVED)
     assert {v.label for v in verdicts if v.said == UNJUDGED} == {"refused", "wrong"}, "what is served well it can judge"

@@ -152,6 +152,11 @@ def spread_evenly(sizes: torch.Tensor) -> torch.Tensor:
     return codes.repeat(sizes.numel() // len(codes) + 1)[: sizes.numel()].view(sizes.shape).to(torch.uint8)
 
 
+def one_of_eight(sizes: torch.Tensor) -> torch.Tensor:
+    """Of the bytes of a group one holds its amax, the others the smallest code there is."""
+    return torch.where(torch.arange(sizes.shape[1]) % 8 == 3, sizes.clamp(min=6), 1).to(torch.uint8)
+
+
 def powers(by: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Exponents larger by so many, with a byte's overflow."""
     return lambda t: (t.int() + by).to(torch.uint8)
@@ -290,6 +295,9 @@ RIGHT: dict[str, tuple[str, Change]] = {
             change(f"{OUT}.weight", lambda t: t.view(torch.uint8).index_fill(0, torch.tensor([0]), 0).view(t.dtype)),
             change(f"{OUT}.weight_scale", lambda t: t.index_fill(0, torch.tensor([0]), 200)),
         ),
+    ),
+    "one weight far above the others in each group": (
+        f"nvfp4a16-{MO}", change(f"{OUT}.weight", nibbles(one_of_eight))
     ),
     "weights spread evenly": (
         f"nvfp4a16-{MO}",

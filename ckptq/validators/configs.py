@@ -176,12 +176,12 @@ def _agreement(stored: Stored, found: Settings) -> Iterator[Finding]:
             "vLLM 0.32 reads that file then, other programs may not", "put the section into config.json",
         )  # fmt: skip
         return
-    said = _words(stored.hf_quant_config)
+    said, own = _words(stored.hf_quant_config), _mapping(found.section.get("quantization")) or found.section
     ours = {
-        "quant_algo": mixed.algo_of(found.section),
+        "quant_algo": mixed.algo_of(own),
         "kv_cache_quant_algo": "FP8" if found.kv_fp8 else None,
         "exclude_modules": sorted(set(found.exclude)),
-        "quantized_layers": _each(found.section),
+        "quantized_layers": _each(own),
     }
     for key, value in ours.items():
         if value != said[key]:

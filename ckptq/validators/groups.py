@@ -147,9 +147,8 @@ def fault(arguments: Arguments) -> str | None:
 
 def strategy(arguments: Arguments) -> str:
     """The strategy, or what follows from group_size where it is left out."""
-    otherwise = {None: "tensor", -1: "channel"}
-    said = arguments.get("strategy") or otherwise.get(arguments.get("group_size"), "group")
-    return str(said).lower()
+    size = arguments.get("group_size")
+    return str(arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")).lower()
 
 
 def block_of(arguments: Arguments) -> tuple[int, int] | None:

@@ -268,7 +268,6 @@ TYPES = (
             "vl-nvfp4 vl-ct-nvfp4a16": {"F32": alter(to(torch.float32), "*.weight_scale")},
             "vl-w4a16 vl-ct-nvfp4": {"BF16": alter(to(torch.bfloat16), f"{OUT}.weight_scale")},
             "vl-mxfp8": {"I8 of the same bits": alter(lambda t: t.view(torch.int8), "*.weight_scale")},
-            "vl-ct-mxfp4": {"I32": alter(to(torch.int32), f"{OUT}.weight_scale")},
             "vl-ct-nvfp4": {"the whole tensor's in F64": alter(to(torch.float64), f"*{GLOBAL}")},
         },
     ),

@@ -16,6 +16,9 @@ from corpus.places import DOWN, L0, OUT, K, Q
 
 Layers = dict[str, dict[str, Any]]
 FP8, NVFP4 = {"quant_algo": "FP8"}, {"quant_algo": "NVFP4", "group_size": 16}
+LOCAL = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+"""Settings of activations that another format has."""
 
 
 def layers(change: Callable[[Layers], object]) -> Edit:
@@ -37,21 +40,6 @@ def activations(**values: Any) -> Edit:
 def group(number: int, change: Callable[[dict[str, Any]], object]) -> Edit:
     """One of several config groups."""
     return section(lambda s: change(s["config_groups"][f"group_{number}"]))
-
-
-def scheme(source: str) -> Any:
-    """The settings of activations that another format has."""
-    return {
-        "nvfp4": {
-            "num_bits": 4,
-            "type": "float",
-            "symmetric": True,
-            "strategy": "tensor_group",
-            "group_size": 16,
-            "dynamic": "local",
-        },
-        "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-    }[source]
 
 
 CONFIGS = (
@@ -182,8 +170,6 @@ COMPRESSED = (
                 "packed": both(setting(format="pack-quantized"), groups(lambda g: g.update(format="pack-quantized"))),
                 "dense": both(setting(format="dense"), groups(lambda g: g.update(format="dense"))),
             },
-            "vl-ct-mxfp4": {"that of NVFP4": groups(lambda g: g.update(format="nvfp4-pack-quantized"))},
-            "vl-ct-mixed": {"of the MLP, float": group(1, lambda g: g.update(format="float-quantized"))},
         },
         near={
             "vl-ct-int8": {"of the groups alone": section(lambda s: s.pop("format"))},
@@ -191,7 +177,11 @@ COMPRESSED = (
                 "packed integers'": both(setting(format="pack-quantized"), groups(lambda g: g.update(format="pack-quantized"))),
                 "float": groups(lambda g: g.update(format="float-quantized")),
             },
-            "vl-ct-mixed": {"of all, another": setting(format="nvfp4-pack-quantized")},
+            "vl-ct-mixed": {
+                "of all, another": setting(format="nvfp4-pack-quantized"),
+                "of the MLP, float": group(1, lambda g: g.update(format="float-quantized")),
+            },
+            "vl-ct-mxfp4": {"that of NVFP4": groups(lambda g: g.update(format="nvfp4-pack-quantized"))},
             "vl-ct-mxfp8": {"that of FP8": groups(lambda g: g.update(format="float-quantized"))},
         },
     ),
@@ -212,13 +202,13 @@ COMPRESSED = (
                 "nothing": groups(lambda g: g.update(input_activations=None)),
             },
             "vl-ct-nvfp4": {"nothing": groups(lambda g: g.update(input_activations=None))},
-            "vl-ct-nvfp4a16": {"those of NVFP4": groups(lambda g: g.update(input_activations=scheme("nvfp4")))},
-            "vl-ct-mxfp4": {"INT8 a token": groups(lambda g: g.update(input_activations=scheme("token")))},
+            "vl-ct-nvfp4a16": {"those of NVFP4": groups(lambda g: g.update(input_activations=LOCAL))},
         },
         near={
             "vl-ct-int8": {"asymmetric": activations(symmetric=False)},
             "vl-ct-nvfp4": {"dynamic in all": activations(dynamic=True)},
             "vl-ct-mxfp8 vl-ct-mxfp4": {"nothing": groups(lambda g: g.update(input_activations=None))},
+            "vl-ct-mxfp4": {"INT8 a token": groups(lambda g: g.update(input_activations=INT8))},
         },
     ),
     *fault(

@@ -47,6 +47,10 @@ BF16_STEP = 2.0**-7
 LOSS = 1.1
 """A weight whose error against the source has grown by this factor has lost bits."""
 SHOWN = 2
+GONE = "not there"
+OF_INPUTS = (".input_global_scale", ".input_global_scale_inv", ".alpha")
+WEIGHTS_ALONE = ".is_w4a16_nvfp4"
+"""Tensors of NVFP4 alone that weight-only kernels do without, and the layer's mark that it has such a kernel."""
 WITHIN = ("weight_scale", "weight_scale_inv", "weight_global_scale", "alpha", "azp_adj")
 """Tensors that follow from weights or are parts of them."""
 
@@ -67,14 +71,15 @@ def label(found: Mapping[str, Any]) -> str:
     degraded  none of that, and
               - FP8 is declared for the KV cache and no layer has a scale for it, so that vLLM takes 1.0: this alone is not called
                 wrong, because it is what an exporter writes who does not calibrate the cache, or
-              - a quantized weight lies farther from the source's, in root mean square, by the factor 1.1 or more
+              - a quantized weight lies farther from the source's, in root mean square, by the factor 1.1 or more, or
+              - scales of activations that the good export has are gone, and nothing else: the server leaves activations as they are
     harmless  everything else: all that vLLM computes with is the good export's, up to rounding
     """
     if found["error"]:
         return "refused"
     if found["differ"]:
         return "wrong"
-    return "degraded" if found["kv_absent"] or found["lost"] else "harmless"
+    return "degraded" if found["kv_absent"] or found["lost"] or found["unscaled"] else "harmless"
 
 
 def vllm_child() -> Any:
@@ -191,7 +196,7 @@ def compare(good: Any, found: Any, absent: bool) -> Iterator[tuple[str, str]]:
     (b_values, b_dtypes, b_settings, b_steps), (a_values, a_dtypes, a_settings, a_steps) = good, found
     for name in sorted(b_dtypes.keys() | a_dtypes.keys()):
         if name not in a_dtypes or name not in b_dtypes:
-            yield name, "not there" if name in b_dtypes else "not in the good export"
+            yield name, GONE if name in b_dtypes else "not in the good export"
         elif a_dtypes[name] != b_dtypes[name]:
             yield name, f"{a_dtypes[name]}, not {b_dtypes[name]}"
         elif name in b_values and not (absent and name.endswith(("._k_scale", "._v_scale"))):
@@ -287,14 +292,18 @@ class Session:
         self.use(job["good"], job["source"])
         found, trace = self.load(job["folder"])
         assert not trace["problems"], trace["problems"]
-        evidence: dict[str, Any] = {"error": None, "differ": [], "kv_absent": False, "lost": []}
+        evidence: dict[str, Any] = {"error": None, "differ": [], "kv_absent": False, "lost": [], "unscaled": []}
         if error := trace["error"]:
             evidence["error"] = f"{error['type']}: {error['message']}".replace(job["folder"], "FOLDER")[:160]
             file = error["where"].partition(":")[0]
             evidence["where"] = f"{trace['stage']}: {Path(file).name if file.startswith('/') else file}"
         else:
             evidence["kv_absent"] = absent = kv_absent(trace) and not self.kv_absent
-            evidence["differ"] = list(compare(self.good, found, absent))
+            every = list(compare(self.good, found, absent))
+            evidence["unscaled"] = gone = [(name, how) for name, how in every if name.endswith(OF_INPUTS) and how == GONE]
+            evidence["differ"] = [
+                (name, how) for name, how in every if (name, how) not in gone and not name.endswith(WEIGHTS_ALONE)
+            ]
             evidence["lost"] = [] if evidence["differ"] else list(self.lost(found))
         evidence["unwritten"] = list(unwritten(trace))
         evidence["ignored"] = [key for key, seen in trace["keys"].items() if not seen["parameters"]]
