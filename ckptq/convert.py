@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptq import __version__, cost, digest, hub, quantized, reuse, validate
+from ckptq import cost, digest, hub, quantized, reuse, validate
 from ckptq.calibration import Sample, load_samples
-from ckptq.calibration import digest as samples_digest
-from ckptq.checkpoint import INDEX, Inventory, Reader, fingerprint, read_inventory
+from ckptq.checkpoint import INDEX, Inventory, Reader, read_inventory
 from ckptq.console import Console
 from ckptq.cost import Cost
 from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError
 from ckptq.exporters import find_exporter
+from ckptq.job import job_record
 from ckptq.journal import RECORD, Journal, ProgressFile
 from ckptq.plan import Copy, Plan, Scale, ShardSpec
 from ckptq.planner import build_plan
@@ -30,8 +28,6 @@ from ckptq.writer import copy_file, sync_folder, write_text
 
 LAST = (RECORD, INDEX, "hf_quant_config.json", "config.json")
 """Published after everything else, in this order: config.json is what makes a folder a checkpoint."""
-
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +109,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     waiting = _waiting_budget(job.cost, memory, device)
     if job.recipe.model is not None and job.source.label is not None:  # all that is cheap to check has been checked
         job = dataclasses.replace(job, source=hub.fetch(job.recipe.model, weights=True))
-    record = _job_record(job, samples, device)
+    record = job_record(job, samples, device)
     if job.reused is not None:
         reuse.refuse_other_source(job.reused, record)
     if journal.open(record, resume=resume):
@@ -243,46 +239,6 @@ def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table:
     }
     write_text(journal.model / RECORD, json.dumps(body, indent=1) + "\n")
     sync_folder(journal.model)
-
-
-def _job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, Any]:
-    """What makes two runs the same job. No time, path or host in it, so that equal runs write equal files."""
-    import torch
-
-    versions = {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    measured = {} if job.reused is None else {"amax": job.reused.origin(job.plan)}
-    return {
-        "plan": job.plan.digest,
-        "recipe": _portable_recipe(job),
-        "source": job.source.label or "local folder",
-        "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
-        "source_files": _files_digest(job.source.root / job.inventory.main.folder, job.plan.sidecars),
-        "samples": samples_digest(samples) if samples else None,
-        **measured,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
-
-
-def _files_digest(base: Path, names: Sequence[str]) -> str:
-    """SHA-256 over the files that travel along: tokenizer, processor and chat template decide what calibration sees."""
-    total = hashlib.sha256()
-    for name in names:
-        with (base / name).open("rb") as file:
-            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-def _portable_recipe(job: Prepared) -> dict[str, Any]:
-    """The recipe as resolved, without the paths of this machine: samples and source are recorded by their content."""
-    body = job.recipe.model_dump(mode="json", exclude={"model", "output"})
-    if job.reused is not None:
-        del body["calibration"]
-        return body
-    for key in ("images", "annotations", "files", "save_every"):
-        body["calibration"].pop(key, None)
-    return body
 
 
 def _waiting_budget(needs: Cost, memory: int | None, device: str) -> int:

@@ -21,8 +21,8 @@ from ckptq.plan import Encode, Observer, Scale
 from ckptq.tensors import TORCH_DTYPES, raw
 from ckptq.writer import BLOCK, TensorFile
 
-BAND = 1 << 20
-"""Values a worker has in hand: few enough for the processor's cache, enough that Python's share of the time is small."""
+BAND = 1 << 19
+"""Values a worker has in hand: with what becomes of them they stay in the processor's cache, and Python's share is small."""
 GPU_BAND = 1 << 22
 
 

@@ -27,7 +27,7 @@ from ckptq.writer import TensorFile
 
 AHEAD = 3
 """Pieces a thread that are begun, or done and not yet taken; the scales of one take up to 8 MB."""
-FLUSH = 1 << 28
+FLUSH = 1 << 27
 """Bytes of a file after which they are sent to the disk, so that little is left to wait for when it is finished."""
 
 Finished = Callable[[ShardSpec, Mapping[str, str]], object]

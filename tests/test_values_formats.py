@@ -240,7 +240,7 @@ FAULTS: dict[str, tuple[str, Change, list[tuple[str, str]]]] = {
     ),
     "a shard's input": (f"nvfp4-{MO}", change(f"{KEY}.input_scale", lambda t: t * 1.5), [("values.input-scale-split", "warning")]),
     "a shard's input, divided": (
-        f"nvfp4-{CT}", change(f"{KEY}.input_global_scale", lambda t: t * 1.5), [("values.input-scale-split", "error")]
+        f"nvfp4-{CT}", change(f"{KEY}.input_global_scale", lambda t: t * 1.5), [("values.input-scale-split", "warning")]
     ),
     "an input that no norm lets through": (
         f"nvfp4-{CT}",
@@ -316,3 +316,14 @@ def test_codes_without_scales_are_not_judged(made: Callable[[str], Path], tmp_pa
     assert changed(made(f"qwen25vl-lm-nvfp4-{MO}"), tmp_path, lambda t: t.pop(f"{OUT}.weight_scale")) == []
     section = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert section["quant_algo"] == "NVFP4"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", [f"nvfp4-{MO}", f"nvfp4-{CT}"])
+def test_scales_of_groups_in_another_dtype_mean_the_same(
+    made: Callable[[str], Path], tmp_path: Path, recipe: str, dtype: torch.dtype
+) -> None:
+    assert changed(made(f"qwen25vl-lm-{recipe}"), tmp_path, change(".weight_scale", lambda t: t.to(dtype))) == []
+    output = read_inventory(tmp_path)
+    found = passthrough.check(output, read_inventory(EXAMPLE), find_scope(output.main.config))
+    assert {f.code for f in found} <= {"passthrough.sidecar-missing"}

@@ -501,14 +501,17 @@ def test_findings_tell_what_vllm_said_and_which_rows(loads: Mapping[str, tuple[P
 # --- what it answers ---
 
 
-@pytest.fixture(scope="module")
-def trained(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained example in FP8, calibrated on few samples."""
-    output = tmp_path_factory.mktemp("trained") / "out"
-    settings = ["calibration.samples=4", "validation.values=false", "validation.passthrough=false"]
-    recipe = load_recipe("demo", settings, model=str(example_model), output=str(output))
+def converted(source: Path, output: Path, *settings: str) -> Path:
+    """The trained example, calibrated on few samples."""
+    few = ("calibration.samples=4", "validation.values=false", "validation.passthrough=false")
+    recipe = load_recipe("demo", [*few, *settings], model=str(source), output=str(output))
     convert(prepare(recipe), resume=False, device="cpu", memory=None, console=Console(quiet=True))
     return output
+
+
+@pytest.fixture(scope="module")
+def trained(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(example_model, tmp_path_factory.mktemp("trained") / "out")
 
 
 @pytest.mark.server
@@ -520,6 +523,21 @@ def test_a_good_export_answers(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found.kernels == {"PerTensorTorchFP8ScaledMMLinearKernel": 24}
     assert found.text
     assert found.positions > 30
+    assert [text[:2] for text in found.image_texts] == ["A ", "A "]
+    assert found.image_texts[0] != found.image_texts[1]
+
+
+@pytest.mark.server
+def test_where_this_machine_has_no_kernel_the_answers_are_said_not_to_be_the_servers(
+    example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of MXFP4, which no vLLM of a CPU computes with, and whose answers are nevertheless those of a model that sees."""
+    monkeypatch.setenv("PYTHONPATH", SHIM)
+    settings = ("quantize.0.scheme=mxfp4", "export.format=compressed-tensors")
+    found = load(converted(example_model, tmp_path / "out", *settings), PYTHON, generate=True)
+    assert said(found.findings) == {("warning", "no-kernel", "out")}
+    assert "MarlinMxFp4LinearKernel" in found.findings[0].found
+    assert found.stand_ins == ("MarlinMxFp4LinearKernel",)
     assert [text[:2] for text in found.image_texts] == ["A ", "A "]
     assert found.image_texts[0] != found.image_texts[1]
 

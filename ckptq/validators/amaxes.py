@@ -44,7 +44,7 @@ def meaning_of(scale: SourceTensor, tensors: Mapping[str, SourceTensor]) -> Mean
     """
     name, kind = scale.spec.name, scale_kind(scale.spec.name)
     module, _, leaf = name.rpartition(".")
-    if kind is None or kind == "other" or (kind == "weight" and scale.spec.dtype == "F8_E4M3"):
+    if kind is None or kind == "other" or (kind == "weight" and _is_of_groups(scale, tensors)):
         return None
     if kind == "whole" or leaf == "input_global_scale" or (leaf == "input_scale" and f"{module}.weight_scale_2" in tensors):
         return Meaning(kind, WHOLE, leaf.endswith("global_scale"))
@@ -55,3 +55,9 @@ def meaning_of(scale: SourceTensor, tensors: Mapping[str, SourceTensor]) -> Mean
     if scale.spec.dtype in EXPONENTS:
         return Meaning(kind, number.power, rounded=True)
     return Meaning(kind, number.limit)
+
+
+def _is_of_groups(scale: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
+    beside = scale.spec.name.removesuffix("weight_scale")
+    whole = {f"{beside}weight_scale_2", f"{beside}weight_global_scale"} & tensors.keys()
+    return scale.spec.dtype == "F8_E4M3" or (bool(whole) and scale.spec.dtype not in EXPONENTS and scale.spec.numel > 1)

@@ -63,6 +63,7 @@ class Coding:
     local  the scale that lies beside the codes: of the tensor, of channels, blocks or groups
     whole  the scale of those, of which a tensor has one; None where there is none
     grid   how `local` lies over the weight [n, k]; k counts codes, not bytes
+    group  columns under one scale of a byte, or None
     """
 
     codes: SourceTensor
@@ -71,6 +72,7 @@ class Coding:
     whole: SourceTensor | None
     inverse: bool
     grid: Grid
+    group: int | None
 
 
 def find_coding(tensor: SourceTensor, tensors: Mapping[str, SourceTensor], block: tuple[int, int]) -> Coding | None:
@@ -78,12 +80,15 @@ def find_coding(tensor: SourceTensor, tensors: Mapping[str, SourceTensor], block
     number, local = number_of(tensor), scale_of(tensor.spec.name, tensors)
     if number is None or local is None:
         return None
-    group = group_of(local.spec.dtype)
+    group, (whole, inverse) = group_of(local.spec.dtype), whole_of(tensor.spec.name, tensors)
+    if number is not FP4 or group == MX_COLUMNS:
+        whole = None
+    elif whole is not None:
+        group = NVFP4_COLUMNS  # in whatever dtype its scales are
     grid = find_grid(number.shape(tensor.spec.shape), local.spec.shape, block, group)
-    whole, inverse = whole_of(tensor.spec.name, tensors) if group == NVFP4_COLUMNS else (None, False)
     if grid is None or group not in _GROUPS[number.name] or (group == NVFP4_COLUMNS and whole is None):
         return None
-    return Coding(tensor, number, local, whole, inverse, grid)
+    return Coding(tensor, number, local, whole, inverse, grid, group)
 
 
 @functools.cache

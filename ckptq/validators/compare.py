@@ -136,14 +136,11 @@ def _split(linear: ServerLinear, kind: str, low: float, high: float, mend: str) 
         effect = f"vLLM takes {taken} for all: the others' weights come out too {'small' if divides else 'large'} by as much"
         advice = "give q, k and v one scale, and gate and up one, of their common amax: encode them again from the source"
         report = error if apart > EQUAL else warning
-    elif divides:
-        effect, advice = (
-            "the shards read one input, and vLLM takes the largest divisor for all: it cuts larger inputs off",
-            "calibrate them as one",
-        )
-        report = error if apart > EQUAL else warning
     else:
-        effect, advice = "the shards read one input, and vLLM takes the largest scale for all", "calibrate them as one"
+        effect = "the shards read one input, and vLLM takes the largest scale for all"
+        if divides:
+            effect = "the shards read one input, and vLLM takes the largest divisor for all, which cuts larger inputs off"
+        advice = "calibrate them as one"
     return report(
         f"values.{'weight' if kind.startswith('weight') else 'input'}-scale-split", _braced(linear.shards, kind),
         "one value for the fused linear", shown, effect, advice,

@@ -133,7 +133,7 @@ def _section(stored: Stored, scope: Scope) -> tuple[Mapping[str, Any], str] | No
     """
     own = _mapping(stored.config.get("quantization_config"))
     if own is not None:
-        return own, SECTION
+        return _with_layers(own, stored.hf_quant_config), SECTION
     if stored.hf_quant_config is not None:
         return stored.hf_quant_config, OTHER
     old = _mapping(stored.config.get("compression_config"))
@@ -141,6 +141,18 @@ def _section(stored: Stored, scope: Scope) -> tuple[Mapping[str, Any], str] | No
         return old, "config.json: compression_config"
     inner = _mapping(scope.text(stored.config).get("quantization_config"))
     return (inner, f"config.json: {scope.text_config}.quantization_config") if inner is not None else None
+
+
+def _with_layers(own: Mapping[str, Any], other: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Of a mixed checkpoint whose section has no quantized_layers: the lists of hf_quant_config.json, where that has it.
+
+    vLLM 0.32.0 model_executor/model_loader/weight_utils.py get_quant_config. Its algorithm and its KV cache stay the section's.
+    """
+    body = _mapping((other or {}).get("quantization"))
+    if mixed.algo_of(own) != MIXED or "quantized_layers" in own or body is None or "quantized_layers" not in body:
+        return own
+    size = {"group_size": body["group_size"]} if "group_size" in body else {}
+    return {**own, "quantized_layers": body["quantized_layers"], "ignore": body.get("exclude_modules", []), **size}
 
 
 def _method_name(section: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def check(
         one = coding.whole or coding.local
         filled = coding.local.spec.name if coding.whole else name
         value, found = one_value(scales, one.spec.name), (scales if coding.whole else codes).get(filled)
-        if value is not None and found is not None:
+        if value is not None and found is not None and (not coding.whole or coding.local.spec.dtype == FP8.dtype):
             shared[filled] = key = coding.number.packed, value
             tops[key] = max(tops.get(key, 0), found[1].top)
     for name, (tensor, seen) in codes.items():
@@ -100,9 +100,9 @@ def _code_findings(tensor: SourceTensor, seen: Seen, coding: Coding | None, top:
 
 
 def _belongs(coding: Coding | None) -> str:
-    if coding is None or coding.grid.wide not in (16, 32):
+    if coding is None or coding.group is None:
         return f"weight_scale must be amax / {(coding.number if coding else FP8).limit:g}"
-    return f"weight_scale must be what {coding.number.limit:g} makes of the amax of each {coding.grid.wide} columns"
+    return f"weight_scale must be what {coding.number.limit:g} makes of the amax of each {coding.group} columns"
 
 
 def _group_findings(name: str, seen: Seen, top: int) -> Iterator[Finding]:

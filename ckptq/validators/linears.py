@@ -56,6 +56,13 @@ def check(module: str, linear: ServerLinear, form: Format, at: Expected) -> Iter
     for kind in SCALE_KINDS:
         if kind not in (*form.kinds, *form.dropped) and f"{module}.{kind}" in at.tensors:
             yield stray(f"{module}.{kind}", f"{form.name} has none")
+    for kind in form.dropped:
+        if f"{module}.{kind}" in at.tensors:
+            yield warning(
+                "layout.stray-scale", f"{module}.{kind}", f"none: {form.name} quantizes weights alone", "stored",
+                "vLLM drops it and leaves activations as they are: no harm, unless the checkpoint was made to quantize them",
+                "leave it out, or let the config say that activations are quantized",
+            )  # fmt: skip
 
 
 def _codes_dtype(weight: TensorSpec, form: Format) -> Iterator[Finding]:

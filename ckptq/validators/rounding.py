@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint import DTYPE_BYTES, Reader, SourceTensor
 from ckptq.validators.coding import FP8, INT8, MX_COLUMNS, NVFP4_COLUMNS, Coding, Number, decode
-from ckptq.validators.scales import Grid, group_of, read_part, read_scales
+from ckptq.validators.scales import SCALE_DTYPES, Grid, read_part, read_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,8 +101,8 @@ def load(coding: Coding, reader: Reader) -> Coded | None:
         if found is None or len(found) != 1 or not found[0] > 0 or not math.isfinite(found[0]):
             return None
         whole = float(1 / found[0] if coding.inverse else found[0])
-    group = group_of(coding.local.spec.dtype)
-    if group is not None and coding.local.spec.numel > PIECE:
+    group = coding.group
+    if group is not None and coding.local.spec.dtype in SCALE_DTYPES and coding.local.spec.numel > PIECE:
         return Coded(coding.number, coding.grid, coding.local, group, whole)
     scales = read_scales(reader, coding.local)
     return Coded(coding.number, coding.grid, scales, group, whole) if scales is not None and np.isfinite(scales).all() else None

@@ -1,0 +1,59 @@
+"""What makes two runs the same job: a resumed run must agree on all of it, and a finished output says it in its ckptq.json."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq import __version__
+from ckptq.calibration import Sample
+from ckptq.calibration import digest as samples_digest
+from ckptq.checkpoint import fingerprint
+
+if TYPE_CHECKING:
+    from ckptq.convert import Prepared
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy")
+
+
+def job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, Any]:
+    """What makes two runs the same job. No time, path or host in it, so that equal runs write equal files."""
+    import torch
+
+    versions = {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    measured = {} if job.reused is None else {"amax": job.reused.origin(job.plan)}
+    return {
+        "plan": job.plan.digest,
+        "recipe": _portable_recipe(job),
+        "source": job.source.label or "local folder",
+        "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
+        "source_files": _files_digest(job.source.root / job.inventory.main.folder, job.plan.sidecars),
+        "samples": samples_digest(samples) if samples else None,
+        **measured,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _files_digest(base: Path, names: Sequence[str]) -> str:
+    """SHA-256 over the files that travel along: tokenizer, processor and chat template decide what calibration sees."""
+    total = hashlib.sha256()
+    for name in names:
+        with (base / name).open("rb") as file:
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _portable_recipe(job: Prepared) -> dict[str, Any]:
+    """The recipe as resolved, without the paths of this machine: samples and source are recorded by their content."""
+    body = job.recipe.model_dump(mode="json", exclude={"model", "output"})
+    if job.reused is not None:
+        del body["calibration"]
+        return body
+    for key in ("images", "annotations", "files", "save_every"):
+        body["calibration"].pop(key, None)
+    return body
