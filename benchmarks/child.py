@@ -1,7 +1,7 @@
 """One measured run in a process of its own: `python benchmarks/child.py KIND JOB.json` prints one JSON line.
 
 KIND is ckptq, modelopt or floor. The clock starts when all that a kind needs is imported. JOB.json: model, output, text,
-samples, length, threads.
+samples, length, threads, device (cpu or cuda), batch (samples of one length that ModelOpt gets at once).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
         stages = RUNS[kind](job)
     wall = time.perf_counter() - wall - stages.pop("uncounted wall", 0.0)
     cpu = _cpu() - cpu - stages.pop("uncounted CPU", 0.0)
-    result = {"wall": wall, "cpu": cpu, "rss": peak_rss(), "baseline": baseline, "stages": stages}
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    result = {"wall": wall, "cpu": cpu, "rss": peak_rss(), "baseline": baseline, "gpu": gpu, "stages": stages}
     print(json.dumps(result))
 
 
@@ -76,7 +77,7 @@ def run_ckptq(job: dict[str, Any]) -> dict[str, float]:
     overrides = [f"calibration={json.dumps(calibration)}", "export.shard_size=5GB"]
     recipe = load_recipe("qwen25vl-lm-fp8-text", overrides, model=job["model"], output=job["output"])
     console = Console(quiet=True)
-    convert(prepare(recipe), resume=False, device="cpu", memory=job.get("memory"), console=console)
+    convert(prepare(recipe), resume=False, device=job.get("device", "cpu"), memory=job.get("memory"), console=console)
     return console.seconds
 
 
@@ -85,7 +86,7 @@ def run_modelopt(job: dict[str, Any]) -> dict[str, float]:
     from peers.modelopt_export import export
 
     start = time.perf_counter()
-    export(Path(job["model"]), Path(job["output"]), _inputs(job))
+    export(Path(job["model"]), Path(job["output"]), _batches(_inputs(job), job.get("batch", 1)), device=job.get("device", "cpu"))
     return {"all": time.perf_counter() - start}
 
 
@@ -133,6 +134,18 @@ def _inputs(job: dict[str, Any]) -> list[dict[str, Any]]:
     settings = TextCalibration(source="text", files=job["text"], samples=job["samples"], sequence_length=job["length"])
     encoder = Encoder(Path(job["model"]), None, job["length"])
     return [encoder.encode(sample) for sample in load_samples(settings)]
+
+
+def _batches(inputs: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Up to `size` samples of one length in each, so that none is padded."""
+    import torch
+
+    if size == 1:
+        return inputs
+    by_length: dict[int, list[Any]] = {}
+    for sample in inputs:
+        by_length.setdefault(sample["input_ids"].shape[1], []).append(sample["input_ids"])
+    return [{"input_ids": torch.cat(same[at : at + size])} for same in by_length.values() for at in range(0, len(same), size)]
 
 
 RUNS = {"ckptq": run_ckptq, "modelopt": run_modelopt, "floor": run_floor}

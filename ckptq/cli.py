@@ -52,7 +52,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: no weights read, no output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this job's interrupted run, if there is one.")] = False,
     device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="Where calibration runs: auto, cpu, cuda or cuda:N.")
+        str, typer.Option("--device", metavar="DEVICE", help="Where to compute: auto, cpu, cuda or cuda:N.")
     ] = "auto",
     memory: Annotated[
         str | None,

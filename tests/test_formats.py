@@ -247,3 +247,20 @@ def test_transforms_are_refused() -> None:
         export("compressed-tensors", "int8").found(
             edit=lambda section: section.update(transform_config={"config_groups": {"u": {}}})
         )
+
+
+def test_the_other_file_counts_where_it_alone_lists_the_linears() -> None:
+    good = export("modelopt", "mixed")
+    assert good.found(edit=lambda section: section.pop("quantized_layers")) == []
+    alone = Export({k: v for k, v in good.section.items() if k != "quantized_layers"}, good.tensors)
+    assert [f.code for f in alone.found()] == ["config.quantized-layers"]
+
+
+def test_input_scales_that_the_config_groups_make_idle_are_found() -> None:
+    def weights_alone(section: dict[str, Any]) -> None:
+        for group in section["config_groups"].values():
+            group["input_activations"] = None
+
+    said = export("modelopt", "nvfp4").found(edit=weights_alone)
+    assert {(f.severity, f.code) for f in said} == {("warning", "layout.stray-scale")}
+    assert {f.subject.rpartition(".")[2] for f in said} == {"input_scale"}

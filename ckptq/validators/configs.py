@@ -64,6 +64,10 @@ def read(stored: Stored, scope: Scope, server: Server) -> tuple[Settings | None,
     section, file = found
     _refuse_large(section, file)
     name, method = _method(section, file)
+    apart = _layers_apart(section, file, name, stored)
+    if apart is not None:
+        section, file = apart, OTHER
+        _refuse_large(section, file)
     if method is None:
         return None, [
             error(
@@ -79,9 +83,22 @@ def read(stored: Stored, scope: Scope, server: Server) -> tuple[Settings | None,
     if (denied := _denied(section, file, name, stored, server)) is not None:
         return None, [*findings, denied]
     settings = method.read(section, file, server)
-    if name == "modelopt" and settings is not None:
+    if name == "modelopt" and settings is not None and apart is None:
         findings += _agreement(stored, settings)
     return settings, findings
+
+
+def _layers_apart(section: Mapping[str, Any], file: str, name: str, stored: Stored) -> Mapping[str, Any] | None:
+    """hf_quant_config.json in place of a section of MIXED_PRECISION without quantized_layers; None where the section counts.
+
+    vLLM 0.32.0 model_executor/model_loader/weight_utils.py get_quant_config. The cache's dtype goes by the section all the same.
+    """
+    other, body = stored.hf_quant_config, _mapping(section.get("quantization")) or section
+    if name != "modelopt" or file == OTHER or other is None or "quantized_layers" in section or mixed.algo_of(body) != MIXED:
+        return None
+    cache = {key: section.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo")}
+    inner = _mapping(other.get("quantization"))
+    return {**({**other, **cache} if inner is None else {"quantization": {**inner, **cache}})}
 
 
 def _refuse_unquantized(stored: Stored) -> None:

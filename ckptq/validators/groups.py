@@ -58,6 +58,8 @@ def scheme(group: Mapping[str, Any], top_format: Any, server: Server) -> Format 
     if _is_group_of(weights, MX_GROUP, 8) and weights.get("scale_dtype") in ("torch.uint8", "uint8"):
         return formats.CT_MXFP8
     number, bits = _type(weights), weights.get("num_bits", 8)
+    if (number, bits) == ("float", 4) and strategy(weights) in ("group", "tensor_group") and said != _PACKED:
+        return Wanted("weights", _GROUPS)
     if bits != 8 or said == _PACKED or (number == "int" and group.get("output_activations")):
         return Unknown(f"weights of {bits} bits, type {number}, strategy {strategy(weights)}, format {said}")
     if said not in FORMATS:

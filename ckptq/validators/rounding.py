@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint import DTYPE_BYTES, Reader, SourceTensor
-from ckptq.validators.coding import FP8, INT8, MX_COLUMNS, NVFP4_COLUMNS, Coding, Number, decode
+from ckptq.validators.coding import FP4, FP8, MX_COLUMNS, NVFP4_COLUMNS, Coding, Number, decode
 from ckptq.validators.scales import SCALE_DTYPES, Grid, read_part, read_scales
 
 if TYPE_CHECKING:
@@ -62,10 +62,15 @@ class Coded:
     group: int | None = None
     whole: float = 1.0
 
-    def over(self, reader: Reader, top: int, bottom: int, left: int, right: int) -> F32:
+    @property
+    def no_scale(self) -> float:
+        """What stands for a scale of zero."""
+        return LEAST * self.whole if self.group == NVFP4_COLUMNS else NO_SCALE
+
+    def over(self, reader: Reader, top: int, bottom: int, left: int, right: int, zero: float = 0.0) -> F32:
         """What codes are multiplied with, F32, in a shape that spreads over [bottom - top, right - left] of the weight.
 
-        The rows lie in one row of blocks, or each has scales of its own.
+        The rows lie in one row of blocks, or each has scales of its own. `zero` takes the place of scales of zero.
         """
         import numpy as np
 
@@ -81,6 +86,7 @@ class Coded:
             lines = np.stack(parts)
         with np.errstate(over="ignore"):
             lines = lines * np.float32(self.whole) if self.whole != 1 else lines
+        lines = np.where(lines == 0, np.float32(zero), lines) if zero else lines
         if grid.wide >= grid.columns:
             return lines
         spread: F32 = np.repeat(lines, grid.wide, axis=1)
@@ -132,8 +138,7 @@ def beyond(
         codes, raw = desk.codes[: n // number.packed], desk.raw[: n * width]
         reader.read_into(tensor, at // number.packed, codes)
         original.read_into(before, at * width, raw)
-        scale = coded.over(reader, top, bottom, left, right)
-        scale = np.where(scale == 0, np.float32(NO_SCALE if coded.group != NVFP4_COLUMNS else LEAST * coded.whole), scale)
+        scale = coded.over(reader, top, bottom, left, right, coded.no_scale)
         x, q = desk.x[:n], desk.q[:n]
         flat = x.reshape(bottom - top, right - left)
         as_float32(raw, before.spec.dtype, x)
@@ -247,18 +252,19 @@ def limits(x: F32, number: Number, out: F32) -> None:
     """
     import numpy as np
 
+    if number is FP4:
+        np.bitwise_and(x.view(np.uint32), np.uint32(0x7F800000), out=out.view(np.uint32))
+        np.maximum(out, np.float32(1), out=out)
+        np.minimum(out, np.float32(4), out=out)
+        np.multiply(out, np.float32(0.25 + 4 * BF16_SHARE), out=out)
+        return
     np.abs(x, out=out)
     if number is FP8:
         np.multiply(out, np.float32(RELATIVE), out=out)
         np.maximum(out, np.float32(ABSOLUTE), out=out)
-    elif number is INT8:
+    else:
         np.multiply(out, np.float32(BF16_SHARE), out=out)
         np.add(out, np.float32(0.5 * (1 + BF16_SHARE)), out=out)
-    else:
-        np.clip(out, 1, 4, out=out)
-        bits = out.view(np.uint32)
-        np.bitwise_and(bits, np.uint32(0x7F800000), out=bits)
-        np.multiply(out, np.float32(0.25 + 4 * BF16_SHARE), out=out)
 
 
 def _within(x: F32, q: F32, limit: F32, spare: F32, number: Number) -> bool:

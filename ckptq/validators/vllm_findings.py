@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckptq.validators import Code, Finding, error, vllm_answers, warning
+from ckptq.validators import Code, Finding, error, vllm_answers, vllm_casts, warning
 from ckptq.validators.servers import Server, minor
 from ckptq.validators.vllm_parts import KV_SCALE
 
@@ -28,9 +28,6 @@ CODES = {
         _LOADER + "model_loader/default_loader.py DefaultModelLoader.load_weights",
     ),
     "server.truncated": Code("vLLM's loader left a part of a stored tensor out", _LOADER + "parameter.py _ColumnvLLMParameter"),
-    "server.lossy-cast": Code(
-        "vLLM's loader copied values into a dtype that changes them", _LOADER + "models/utils.py AutoWeightsLoader._load_param"
-    ),
     "server.no-kernel": Code("this machine's vLLM can load the format but has no kernel of its own to compute with it"),
 }
 
@@ -96,7 +93,7 @@ def findings(trace: Mapping[str, Any], name: str, stored: Sequence[str]) -> Iter
         yield from _unwritten(trace, names)
         yield from _kv_scales(trace, names)
         yield from _truncated(trace)
-        yield from _casts(trace)
+        yield from vllm_casts.check(trace)
     if trace["generated"]:
         if lacking := _lacking(trace):
             yield _not_the_servers(trace, name, lacking)
@@ -286,48 +283,3 @@ def _truncated(trace: Mapping[str, Any]) -> Iterator[Finding]:
             f"{entry['shape']}; of it {entry['elements'] - entry['read']} elements were left out, in rows {first}..{end - 1}",
             "the server computes with the rest", "store the tensor that belongs there",
         )  # fmt: skip
-
-
-_WIDE = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-"""Formats that hold numbers as they are, with the bits of their significands."""
-_SAME_BITS = {"int8", "uint8"}
-"""Torch's copy from one to the other wraps around."""
-
-
-def _casts(trace: Mapping[str, Any]) -> Iterator[Finding]:
-    for key, entry in trace["keys"].items():
-        for cast in entry["casts"]:
-            parameter = trace["parameters"].get(cast["parameter"], {})
-            before, after = (name.removeprefix("torch.") for name in (entry["dtype"], cast["to"]))
-            if before == after or (before in _WIDE and after in _WIDE and not cast["changed"]):
-                continue
-            # attention.py makes the parameter in the default dtype, so F32 is always rounded to BF16: as good as exact.
-            if parameter.get("exempt") == KV_SCALE and before in _WIDE and after in _WIDE:
-                continue
-            changed = f"{cast['changed']} of {cast['elements']} values changed" if cast["changed"] else "no value changed"
-            yield (warning if _benign(key, before, after, cast["changed"]) else error)(
-                "server.lossy-cast", key, f"{after}, the dtype of the server's parameter" if cast["parameter"] else after,
-                f"{before}; {changed}", _cast_effect(before, after),
-                "store the dtype that the config declares, or mend the config's list of what stays unquantized",
-            )  # fmt: skip
-
-
-def _benign(key: str, before: str, after: str, changed: int) -> bool:
-    """Whether the server still holds what was meant: in a scale the numbers count, in codes the bits."""
-    if (before in _WIDE and after in _WIDE) or {before, after} == _SAME_BITS:
-        return True
-    scale = "scale" in key.rpartition(".")[2]
-    numbers = (before in _WIDE and after.startswith("float8")) or (before in ("int32", "int64") and after == "uint8")
-    return not changed and ((scale and numbers) or before[:6] == after[:6] == "float8")
-
-
-def _cast_effect(before: str, after: str) -> str:
-    if {before, after} == _SAME_BITS:
-        return "the bits stay what they are"
-    if before in _WIDE and after in _WIDE:
-        return "the values are rounded"
-    if before in _WIDE:
-        return "the numbers are cast to codes as they are, with no scale of their own"
-    if before.startswith("float8") and after.startswith("float8"):
-        return "the codes are cast to another format's"
-    return "the codes are taken for numbers"

@@ -263,7 +263,10 @@ EXCLUDES = (
             "vl-nvfp4": {"no entry": tower(), "model.visual": tower("model.visual")},
             "vl-mxfp8 vl-w4a16 our-pcpt": {"no entry": tower()},
         },
-        near={"vl-nvfp4": {"*visual*": tower("*visual*")}, "vl-mixed": {"excluded though not listed": also("visual*")}},
+        near={
+            "vl-nvfp4": {"*visual*": tower("*visual*")},
+            "vl-mixed": {"excluded though not listed": both(other(lambda q: q.update(exclude_modules=[])), also("visual*"))},
+        },
     ),
     *fault(
         "names that compressed-tensors does not match",

@@ -68,23 +68,28 @@ def quant_cfg(format: str = "fp8", kv: str | None = "fp8") -> list[dict[str, Any
 
 
 def export(
-    source: Path, output: Path, samples: Sequence[Mapping[str, torch.Tensor]], format: str = "fp8", kv: str | None = "fp8"
+    source: Path,
+    output: Path,
+    samples: Sequence[Mapping[str, torch.Tensor]],
+    format: str = "fp8",
+    kv: str | None = "fp8",
+    device: str = "cpu",
 ) -> None:
     """Quantizes `source`, the folder of a VLM or a causal language model, and writes ModelOpt's export with the source's other
     files to `output`.
 
-    Each sample is what the model's forward takes (`input_ids` int64 [1, length], `pixel_values`, ...), unpadded.
+    Each sample is what the model's forward takes (`input_ids` int64 [batch, length], `pixel_values`, ...), unpadded.
     """
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
 
-    model = load(source)
+    model = load(source).to(device)
 
     def forward_loop(model: torch.nn.Module) -> None:
         with torch.inference_mode():
             for sample in samples:
-                model(**sample, use_cache=False)
+                model(**{name: tensor.to(device) for name, tensor in sample.items()}, use_cache=False)
 
     with contextlib.redirect_stdout(sys.stderr):
         model = mtq.quantize(model, {"quant_cfg": quant_cfg(format, kv), "algorithm": "max"}, forward_loop)
