@@ -151,10 +151,10 @@ def test_every_fault_has_a_near_miss_and_near_misses_are_harmless() -> None:
     assert [m.name for m in EVERY if m.near_miss and labels[m.name] != "harmless"] == []
 
 
-@pytest.mark.parametrize("name", derived.names())
+@pytest.mark.parametrize("name", derived.DERIVED)
 @pytest.mark.parametrize("needs", [None, "source"])
-def test_good_exports_have_no_errors(name: str, needs: str | None, tmp_path: Path) -> None:
-    """With the record of ckptq.json, too, where there is one; and for KV scales that are declared and absent, a warning."""
+def test_derived_exports_have_no_errors(name: str, needs: str | None, tmp_path: Path) -> None:
+    """With the record of ckptq.json, too, where there is one. Those that they are derived from are in test_corpus_bases.py."""
     folder = derived.make(name, tmp_path / name)
     said, findings = validated(folder, Mutant(name, "none", name, lambda _: None, needs=needs or "record"))
     assert said in ("warning", "nothing"), findings

@@ -1,6 +1,7 @@
 """Whole conversions of the example model in the other forms in which Qwen2.5-VL checkpoints are met."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,15 @@ def test_an_output_that_would_not_be_served_right_is_not_published(
         start(example_model, tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out" / "config.json").exists()
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_copy_that_went_wrong_is_not_published(example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of copies are taken of the source, so that the files are held to it, not to what was written."""
+
+    def nothing(source: int, target: int, count: int, at: int, to: int) -> int:
+        return os.pwrite(target, bytes(count), to)
+
+    monkeypatch.setattr(os, "copy_file_range", nothing)
+    with pytest.raises(DataError, match=r"failed validation and was not published:\n(.*\n)*  - record\.tensor-changed: lm_head"):
+        start(example_model, tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out" / "config.json").exists()

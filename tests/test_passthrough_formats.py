@@ -166,7 +166,7 @@ def test_weights_of_every_size_are_right(tmp_path: Path, encoder: Encoder) -> No
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 300),
@@ -341,3 +341,27 @@ def test_copies_that_a_digest_has_proved_are_not_read(tmp_path: Path) -> None:
     assert {f.subject for f in check(tmp_path, after)} == {f"{OUT}.weight_packed", "model.norm.weight"}
     proved = {"model.norm.weight", f"{OUT}.weight_packed"}
     assert [f.subject for f in check(tmp_path, after, proved=proved)] == [f"{OUT}.weight_packed"]
+
+
+# --- what nobody would write ---
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-45, 3e38, float("inf"), float("nan")])
+@pytest.mark.parametrize(("encoder", "leaf"), [(nvfp4, "weight_scale_2"), (nvfp4_divided, "weight_global_scale")])
+def test_any_scale_of_scales_is_looked_at(tmp_path: Path, encoder: Encoder, leaf: str, value: float) -> None:
+    """One that is no factor is told of by the values; here nothing is compared with it."""
+    after = encoded(source(), encoder)
+    after[f"{OUT}.{leaf}"] = torch.tensor(value)
+    assert {f.code for f in check(tmp_path, after)} <= {"passthrough.weight-error"}
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_any_bytes_are_looked_at(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    after = encoded(source(), encoder)
+    for name in [name for name in after if name.startswith(OUT) and after[name].numel() > 1]:
+        raw = after[name].view(torch.uint8)
+        after[name] = torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=random).view(after[name].dtype)
+    assert {f.code for f in check(tmp_path_factory.mktemp("any"), after)} <= {"passthrough.weight-error"}

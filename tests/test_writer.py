@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from ckptq.checkpoint import TensorSpec, read_header
 from ckptq.errors import OutputError
-from ckptq.writer import TensorFile, copy_bytes, copy_file, write_text, writing
+from ckptq.writer import TensorFile, copy_bytes, copy_file, reserve, write_text, writing
 
 SPECS = (
     TensorSpec("scale", "F32", ()),
@@ -272,3 +272,21 @@ def test_threads_copy_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     os.close(source)
     assert (tmp_path / "out").read_bytes().endswith(CONTENT)
     assert read_header(tmp_path / "out")["a"]["offset"] + len(CONTENT) == (tmp_path / "out").stat().st_size
+
+
+def test_room_is_taken_at_the_start(tmp_path: Path) -> None:
+    """So that a disk that is full says so before the work."""
+    large = [TensorSpec("a", "U8", (1 << 22,))]
+    with TensorFile(tmp_path / "a", large, {"a": 0}):
+        found = (tmp_path / "a.partial").stat()
+        assert found.st_size > 1 << 22
+        assert found.st_blocks * 512 >= 1 << 22
+    with pytest.raises(OutputError, match=r"can't be written: File too large|no room left"):
+        TensorFile(tmp_path / "b", [TensorSpec("a", "U8", (1 << 62,))], {"a": 0})
+
+
+def test_a_file_system_that_takes_no_room() -> None:
+    """The files of /proc can't."""
+    fd = os.open("/proc/self/comm", os.O_WRONLY)
+    reserve(fd, 100)
+    os.close(fd)

@@ -64,7 +64,7 @@ def read(stored: Stored, scope: Scope, server: Server) -> tuple[Settings | None,
     section, file = found
     _refuse_large(section, file)
     name, method = _method(section, file)
-    apart = _layers_apart(section, file, name, stored)
+    apart = _layers_apart(section, file, name, stored, server)
     if apart is not None:
         section, file = apart, OTHER
         _refuse_large(section, file)
@@ -88,17 +88,21 @@ def read(stored: Stored, scope: Scope, server: Server) -> tuple[Settings | None,
     return settings, findings
 
 
-def _layers_apart(section: Mapping[str, Any], file: str, name: str, stored: Stored) -> Mapping[str, Any] | None:
+def _layers_apart(section: Mapping[str, Any], file: str, name: str, stored: Stored, server: Server) -> Mapping[str, Any] | None:
     """hf_quant_config.json in place of a section of MIXED_PRECISION without quantized_layers; None where the section counts.
 
-    vLLM 0.32.0 model_executor/model_loader/weight_utils.py get_quant_config. The cache's dtype goes by the section all the same.
+    vLLM 0.32.0 model_executor/model_loader/weight_utils.py get_quant_config. The section has chosen the method by then, whatever
+    algorithm the file names, and the cache's dtype goes by the section all the same.
     """
     other, body = stored.hf_quant_config, _mapping(section.get("quantization")) or section
     if name != "modelopt" or file == OTHER or other is None or "quantized_layers" in section or mixed.algo_of(body) != MIXED:
         return None
-    cache = {key: section.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo")}
     inner = _mapping(other.get("quantization"))
-    return {**({**other, **cache} if inner is None else {"quantization": {**inner, **cache}})}
+    found = dict(other if inner is None else inner)
+    found |= {key: section.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo")}
+    if mixed.algo_of(found) in server.algos:
+        found["quant_algo"] = MIXED
+    return found if inner is None else {"quantization": found}
 
 
 def _refuse_unquantized(stored: Stored) -> None:

@@ -84,9 +84,9 @@ class Coded:
         else:
             parts = [read_part(reader, self.scales, line * across + first, last - first) for line in range(low, high)]
             lines = np.stack(parts)
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             lines = lines * np.float32(self.whole) if self.whole != 1 else lines
-        lines = np.where(lines == 0, np.float32(zero), lines) if zero else lines
+            lines = np.where(lines == 0, np.float32(zero), lines) if zero else lines
         if grid.wide >= grid.columns:
             return lines
         spread: F32 = np.repeat(lines, grid.wide, axis=1)
@@ -106,7 +106,7 @@ def load(coding: Coding, reader: Reader) -> Coded | None:
         found = read_scales(reader, coding.whole)
         if found is None or len(found) != 1 or not found[0] > 0 or not math.isfinite(found[0]):
             return None
-        whole = float(1 / found[0] if coding.inverse else found[0])
+        whole = 1 / float(found[0]) if coding.inverse else float(found[0])
     group = coding.group
     if group is not None and coding.local.spec.dtype in SCALE_DTYPES and coding.local.spec.numel > PIECE:
         return Coded(coding.number, coding.grid, coding.local, group, whole)
@@ -287,9 +287,9 @@ def _cut(x: F32, coded: Coded, scale: F32) -> None:
 
     if coded.group is None:
         return
-    reach = np.float32((2 * coded.number.power if coded.group == MX_COLUMNS else CUT) * (1 + BF16_SHARE))
-    with np.errstate(invalid="ignore"):
-        over = (np.abs(x) > coded.number.top) & (np.abs(x) <= reach)
+    reach = (2 * coded.number.power if coded.group == MX_COLUMNS else CUT) * (1 + BF16_SHARE)
+    with np.errstate(all="ignore"):
+        over = (np.abs(x) > coded.number.top) & (np.abs(x) <= np.float32(reach))
         if coded.group == NVFP4_COLUMNS:
             over &= np.abs(scale) <= np.float32(SMALL_SCALE * 1.01 * coded.whole)
     np.copyto(x, np.copysign(np.float32(coded.number.top), x), where=over)
