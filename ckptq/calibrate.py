@@ -35,6 +35,7 @@ def calibrate(
     memory: int,
     saved: ProgressFile,
     console: Console,
+    watch: Callable[[], None] = lambda: None,
 ) -> dict[Observer, float]:
     """The amax of every input, K and V observer over all samples, and of every weight that a decoder layer has.
 
@@ -42,6 +43,7 @@ def calibrate(
     encode   sample number -> forward inputs of one unpadded sample, batch dimension 1
     memory   bytes that waiting samples may hold; more samples than fit are taken in waves, whose maxima are merged
     saved    where progress is kept, so that a killed run goes on from the layer it had saved
+    watch    is called with every sample that enters and before every layer, and ends the calibration by what it raises
 
     Raises DataError for NaN or infinite weights and activations, and for an observer that no sample reached.
     """
@@ -50,7 +52,7 @@ def calibrate(
     by_name = {o.name: o for o in observers}
     with torch.inference_mode(), observing(streamed, observers) as seen:
         while state.first < len(names):
-            count = _Wave(streamed, state, names, encode, memory, seen).run(observers, amax, saved, console)
+            count = _Wave(streamed, state, names, encode, memory, seen, watch).run(observers, amax, saved, console)
             state = Progress(first=state.first + count, amax=dict(amax))
             saved.save(state)
     if unreached := [o.name for o in observers if o.kind != "weight" and o.name not in amax]:
@@ -72,6 +74,7 @@ class _Wave:
         encode: Callable[[int], Inputs],
         memory: int,
         seen: Seen,
+        watch: Callable[[], None],
     ) -> None:
         self._streamed = streamed
         self._state = state
@@ -79,6 +82,7 @@ class _Wave:
         self._encode = encode
         self._memory = memory
         self._seen = seen
+        self._watch = watch
         self._driver = getcurrent()
         self._samples: list[greenlet] = []
         self._hidden: dict[greenlet, torch.Tensor] = {}
@@ -99,6 +103,7 @@ class _Wave:
                 self._skip(finished)
             with console.stage("calibrate", len(layers) - self._state.layer, "layers") as advance:
                 for index in self._each_layer():
+                    self._watch()
                     amax |= {weights[name]: value for name, value in seen.take_weights().items() if name in weights}
                     for number, sample in enumerate(self._samples):
                         seen.sample = self._state.first + number
@@ -124,6 +129,7 @@ class _Wave:
         self._seen.take_weights()
         with console.stage("enter", known or len(self._names) - first, "samples") as advance:
             for number in range(first, len(self._names)):
+                self._watch()
                 # A copy, because memory borrowed from numpy can't be given back by `_free_pixels`.
                 inputs = {name: tensor.to(self._streamed.device, copy=True) for name, tensor in self._encode(number).items()}
                 sample = greenlet(lambda inputs=inputs: self._streamed.model(**inputs, use_cache=False))

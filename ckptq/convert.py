@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ckptq import cost, digest, hub, quantized, reuse, validate
-from ckptq.calibration import Sample, load_samples
-from ckptq.checkpoint import INDEX, Inventory, Reader, read_inventory
+from ckptq import cost, hub, quantized, reuse, validate
+from ckptq.calibration import load_samples
+from ckptq.checkpoint import INDEX, Inventory, read_inventory
 from ckptq.console import Console
 from ckptq.cost import Cost
 from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError
 from ckptq.exporters import find_exporter
 from ckptq.job import job_record
-from ckptq.journal import RECORD, Journal, ProgressFile
-from ckptq.plan import Copy, Plan, Scale, ShardSpec
+from ckptq.journal import RECORD, Journal
+from ckptq.plan import Plan
 from ckptq.planner import build_plan
+from ckptq.produce import listed, produce
 from ckptq.recipe import Recipe
 from ckptq.reuse import Reused
 from ckptq.scopes import Scope, find_scope
 from ckptq.validators import Finding
-from ckptq.writer import copy_file, sync_folder, write_text
 
 LAST = (RECORD, INDEX, "hf_quant_config.json", "config.json")
 """Published after everything else, in this order: config.json is what makes a folder a checkpoint."""
@@ -91,7 +88,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         raise RecipeError("the recipe names no output", hint="add `output:` to it, or give --output OUT")
     if errors := [f for f in job.findings if f.severity == "error"]:
         raise DataError(
-            f"the planned output would not be served right:\n{_listed(errors)}",
+            f"the planned output would not be served right:\n{listed(errors)}",
             hint="nothing was computed or written; mend the source or the recipe",
         )
     for finding in job.findings:
@@ -114,7 +111,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         reuse.refuse_other_source(job.reused, record)
     if journal.open(record, resume=resume):
         try:
-            findings = None if journal.publishing else _produce(job, samples, journal, record, waiting, console)
+            findings = None if journal.publishing else produce(job, samples, journal, record, waiting, console)
             journal.publish(LAST)
         except (CalibrationError, DataError, SourceError):
             journal.forget_start()  # the input is at fault: mended, it is another job
@@ -126,119 +123,6 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     if findings is None:  # an earlier run had checked and begun to publish
         findings = validate.examine(output, progress=console).findings
     return _report(job, output, findings, console)
-
-
-def _produce(
-    job: Prepared, samples: list[Sample], journal: Journal, record: dict[str, Any], waiting: int, console: Console
-) -> tuple[Finding, ...]:
-    """Everything between an open journal and a checked, complete model/ folder."""
-    with Reader(job.source.root, job.inventory.main) as reader:
-        table = _activations(job, samples, journal, reader, record["device"], waiting, console) if job.plan.calibrated else {}
-        digests = _write_shards(job, journal, reader, table, record["device"], console)
-    if job.reused is not None:
-        reuse.refuse_other_weights(job.reused, table)
-    _write_files(job, journal, record, table, digests)
-    source = job.source.root if job.recipe.validation.passthrough else None
-    copied = [op.output.name for op in job.plan.ops if isinstance(op, Copy)]
-    values = job.recipe.validation.values
-    found = validate.examine(journal.model, source=source, values=values, staged=True, copied=copied, progress=console)
-    if errors := [f for f in found.findings if f.severity == "error"]:
-        raise DataError(
-            f"the output failed validation and was not published:\n{_listed(errors)}",
-            hint="please report this with the recipe",
-        )
-    return found.findings
-
-
-def _write_shards(
-    job: Prepared, journal: Journal, reader: Reader, table: dict[str, float], device: str, console: Console
-) -> dict[str, str]:
-    """All weight files, less those that an interrupted run has finished. Returns the digests of the tensors in them.
-
-    table   gains the amaxes of the weights that calibration has not measured
-    """
-    from ckptq.pipeline import write_shards
-
-    component, plan = job.inventory.main, job.plan
-    amax = {o: table[o.name] for o in plan.observers if o.name in table}
-    digests: dict[str, str] = {}
-
-    def finished(shard: ShardSpec, found: Mapping[str, str]) -> None:
-        journal.save(shard.file, found)
-        digests.update(found)
-
-    with console.stage("write", component.nbytes, "bytes") as advance:
-        kept = [shard for shard in plan.shards if (journal.model / shard.file).is_file()]
-        for shard in kept:  # a kill may have struck between the file and its digests
-            digests |= journal.load(shard.file) or digest.of_shard(journal.model / shard.file)
-            advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if not isinstance(op, Scale)))
-        left = [shard for shard in plan.shards if shard not in kept]
-        write_shards(journal.model, plan, left, component, reader, amax, finished, advance, device=device)
-    table |= {o.name: value for o, value in amax.items()}
-    return digests
-
-
-def _listed(findings: Sequence[Finding]) -> str:
-    return "\n".join(
-        f"  - {f.code}: {f.subject}: expected {f.expected}, found {f.found}\n    {f.effect}; {f.mend}" for f in findings
-    )
-
-
-def _activations(
-    job: Prepared, samples: list[Sample], journal: Journal, reader: Reader, device: str, waiting: int, console: Console
-) -> dict[str, float]:
-    """Amaxes of inputs, K and V: from an earlier run of this job, from the run named by --amax, or by calibration."""
-    known = journal.load("activations") if job.reused is None else job.reused.table(job.plan)
-    if known is not None:
-        return known
-    import torch
-
-    from ckptq.calibrate import calibrate
-    from ckptq.calibration.encode import Encoder
-    from ckptq.encode import Bench, measure
-    from ckptq.streamed import StreamedModel
-
-    settings = job.recipe.calibration
-    component = job.inventory.main
-    folder = job.source.root / component.folder
-    encoder = Encoder(folder, getattr(settings, "max_pixels", None), settings.sequence_length)
-    streamed = StreamedModel(job.source.root, component, job.scope, reader, torch.device(device))
-    for source in streamed.unused:  # calibration looks at all others; what is odd must be known before hours of it
-        measure(source, reader, range(source.spec.numel), Bench(torch.device("cpu")))
-    table = calibrate(
-        streamed,
-        job.plan.observers,
-        [sample.name for sample in samples],
-        lambda number: encoder.encode(samples[number]),
-        waiting,
-        ProgressFile(journal.staging / "calibration.safetensors", settings.save_every),
-        console,
-    )
-    named = {observer.name: value for observer, value in table.items()}
-    journal.save("activations", named)
-    return named
-
-
-def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table: dict[str, float], digests: dict[str, str]) -> None:
-    """Sidecars, the generated configs and index, and ckptq.json."""
-    base = job.source.root / job.inventory.main.folder
-    for name in job.plan.sidecars:
-        copy_file(base / name, journal.model / name)
-    for name, text in job.plan.files.items():
-        write_text(journal.model / name, text)
-    body = {
-        "job": record,
-        "amax": {o.name: table[o.name] for o in job.plan.observers},
-        "decisions": [asdict(d) for d in job.plan.decisions],
-        "dequantized": list(job.inventory.main.dequantized),
-        "config_changes": list(job.plan.config_changes),
-        "digests": {
-            "tensors": dict(sorted(digests.items())),
-            "files": digest.of_files(journal.model, digest.recorded([*job.plan.sidecars, *job.plan.files])),
-        },
-    }
-    write_text(journal.model / RECORD, json.dumps(body, indent=1) + "\n")
-    sync_folder(journal.model)
 
 
 def _waiting_budget(needs: Cost, memory: int | None, device: str) -> int:

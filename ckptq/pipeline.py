@@ -19,7 +19,7 @@ import torch
 from ckptq import digest
 from ckptq.checkpoint import Component, Reader
 from ckptq.console import Advance
-from ckptq.encode import Bench, Encoded, copy, encode, measure, multiplier, parts, stored_value
+from ckptq.encode import GPU_WORKERS, Bench, Encoded, copy, encode, measure, multiplier, parts, stored_value
 from ckptq.plan import Copy, Encode, Observer, Plan, Scale, ShardSpec
 from ckptq.tensors import raw
 from ckptq.threads import Line, threads
@@ -43,18 +43,20 @@ def write_shards(
     finished: Finished,
     advance: Advance,
     *,
+    activations: Callable[[], Mapping[Observer, float]] | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> None:
     """Writes these files of the plan's into `folder`.
 
-    amax      of all activations, and of the weights that are known; gains all others that the plan observes
-    finished  is told of every file, with its tensors' digests, once it is on the disk under its name; by another thread
-    advance   is told the source's bytes that are done
+    amax         of all activations, and of the weights that are known; gains all others that the plan observes
+    finished     is told of every file, with its tensors' digests, once it is on the disk under its name; by another thread
+    advance      is told the source's bytes that are done
+    activations  where `amax` has none of them: asked when all weights are written, so that they may be measured meanwhile
 
     Raises DataError naming a tensor with a NaN or an infinity, or an observer that nothing reached; OutputError; SourceError.
     """
-    count = workers or threads()
+    count = workers or min(threads(), GPU_WORKERS if torch.device(device).type == "cuda" else threads())
     with (
         _one_thread_each(),
         ExitStack() as files,
@@ -64,6 +66,7 @@ def write_shards(
         amaxes = Amaxes(amax, component, reader, line)
         wholes = (op.whole for shard in shards for op in shard.ops if isinstance(op, Encode) and op.whole)
         amaxes.ask(next(wholes, None))
+        unscaled: list[Output] = []
         for shard in shards:
             specs = [spec for op in shard.ops for spec in op.outputs]
             file = files.enter_context(TensorFile(folder / shard.file, specs, shard.offsets))
@@ -75,9 +78,16 @@ def write_shards(
                     output.encode(op, amaxes)
                 elif isinstance(op, Copy):
                     output.copy(op)
-            line.call(partial(output.finish, amax, finished))
+            if activations is None:
+                line.call(partial(output.finish, amax, finished))
+            else:
+                unscaled.append(output)
         amaxes.ask_all(plan.observers)  # those of files that an interrupted run has finished
         line.drain()
+        if activations is not None:
+            amax.update(activations())
+        for output in unscaled:
+            output.finish(amax, finished)
         disk.drain()
 
 
