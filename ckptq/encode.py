@@ -187,13 +187,21 @@ def stored_value(scale: Scale, amax: Mapping[Observer, float]) -> float:
                 hint="add samples that use it, or keep the module in the recipe",
             )
     value = fp8.scale(max(amax[o] for o in scale.amax), scale.limit)
-    return float(1 / torch.tensor(value)) if scale.inverse else value
+    return _inverse(value) if scale.inverse else value
 
 
 def multiplier(scale: Scale, amax: Mapping[Observer, float]) -> float:
     """What the server multiplies with: the stored number, or float32 1 / it."""
     value = stored_value(scale, amax)
-    return float(1 / torch.tensor(value)) if scale.inverse else value
+    return _inverse(value) if scale.inverse else value
+
+
+def _inverse(value: float) -> float:
+    """float32 1 / value; at most the largest number, so that weights below 8e-36 have a finite one too.
+
+    The dtype is told, because transformers changes torch's default one, for all threads, while it builds the model that calibrates.
+    """
+    return min(float(1 / torch.tensor(value, dtype=torch.float32)), torch.finfo(torch.float32).max)
 
 
 def parts(spec: TensorSpec) -> list[range]:

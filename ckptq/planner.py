@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from ckptq import quantized
 from ckptq.checkpoint import INDEX, Component, SourceTensor
-from ckptq.config_text import insert_section
+from ckptq.config_text import insert_section, remove_section
 from ckptq.errors import RecipeError, SourceError, UnsupportedError
 from ckptq.mistakes import close
 from ckptq.plan import Copy, Decision, Exporter, Layout, Observer, Op, Plan, QuantizedGroup, Scale, module_of
@@ -50,7 +50,10 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
     kv = _kv_observers(scope, linears, layers) if recipe.kv_cache else {}
     shards = tuple(fill_files(_units(component, groups, kv, exporter), recipe.export.shard_size))
     section = exporter.quantization_config(layout)
-    files = {"config.json": insert_section(component.config_text, "quantization_config", section)}
+    text = component.config_text
+    if "quantization_config" in component.config:  # null: another value would have been refused
+        text = remove_section(text, ("quantization_config",))
+    files = {"config.json": insert_section(text, "quantization_config", section)}
     files |= {name: json.dumps(body, indent=4) + "\n" for name, body in exporter.extra_files(layout).items()}
     if len(shards) > 1:
         files[INDEX] = index_text(shards)
@@ -105,7 +108,7 @@ def language_linears(component: Component, scope: Scope) -> dict[str, int]:
                         hint="fetch the checkpoint again",
                     )
                 spec = component.tensors[f"{module}.weight"].spec
-                if len(spec.shape) != 2 or spec.dtype not in ("BF16", "F16", "F32"):
+                if len(spec.shape) != 2 or not spec.numel or spec.dtype not in ("BF16", "F16", "F32"):
                     raise SourceError(f"{spec.name}: expected a matrix in BF16, F16 or F32, found {spec.dtype} {list(spec.shape)}")
                 linears[module] = layer
     return linears

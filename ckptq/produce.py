@@ -97,16 +97,17 @@ def _calibrate_and_write(
         writing = pool.submit(_write, job, journal, reader, table, device, tally.advance, activations)
         try:
             found = _calibrate(job, samples, journal, reader, device, waiting, console, watch)
+            calibrated.set_result(found)
+            total = job.inventory.main.nbytes
+            console.note(f"write: {size(tally.done)} of {size(total)} while the samples ran")
+            with console.stage("write", total - tally.done, "bytes") as advance:
+                tally.show(advance)
+                digests = writing.result()
         except BaseException as error:
             tally.stop()
-            calibrated.set_exception(error)
+            if not calibrated.done():
+                calibrated.set_exception(error)
             raise
-        calibrated.set_result(found)
-        total = job.inventory.main.nbytes
-        console.note(f"write: {size(tally.done)} of {size(total)} while the samples ran")
-        with console.stage("write", total - tally.done, "bytes") as advance:
-            tally.show(advance)
-            digests = writing.result()
     return found | table, digests
 
 

@@ -30,7 +30,7 @@ _CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "out
 # What NVFP4, AWQ, GPTQ, bitsandbytes and packed compressed-tensors store beside or instead of a weight.
 _OTHERS = frozenset(
     ("weight_packed", "weight_scale_2", "weight_global_scale", "input_global_scale", "weight_zero_point", "weight_shape", "qweight",
-     "qzeros", "scales", "g_idx", "weight_g_idx", "absmax", "quant_map", "nested_absmax", "SCB")
+     "qzeros", "scales", "g_idx", "weight_g_idx", "absmax", "quant_map", "nested_absmax", "SCB", "pre_quant_scale")
 )  # fmt: skip
 
 
@@ -149,6 +149,8 @@ def _find_codes(component: Component) -> dict[str, Codes]:
     _refuse_others(component)
     tensors = component.tensors
     section = next((section for _, section in _sections(component.config)), None)
+    if isinstance(section, Mapping) and section.get("transform_config"):  # rotated weights, which the server turns back
+        raise _only_fp8("config.json has a transform_config")
     block = block_of({_SECTIONS[0]: section})
     found = {name: _codes(tensor, tensors, block) for name, tensor in tensors.items() if _is_fp8_weight(tensor.spec)}
     if not found:

@@ -58,8 +58,12 @@ class TensorFile:
         with writing(self._partial):
             # 0o666 less the umask: safetensors 0.8 makes files 0600, which a server under another user can't read.
             self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            reserve(self._fd, len(head) + max((offsets[s.name] + s.nbytes for s in self._specs.values()), default=0))
-            _write_all(self._fd, memoryview(head), 0)
+            try:
+                reserve(self._fd, len(head) + max((offsets[s.name] + s.nbytes for s in self._specs.values()), default=0))
+                _write_all(self._fd, memoryview(head), 0)
+            except OSError:
+                self.close()
+                raise
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Writes bytes of tensor `name`, `start` bytes into it."""

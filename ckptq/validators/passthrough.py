@@ -32,7 +32,7 @@ PART = 1 << 24
 """Values that one thread compares in one go."""
 TWICE, FEW = 2.0, 0.01
 """Rounding a second time, under a scale beside the first, moves few weights beyond the bound, and none beyond twice the bound."""
-SAMPLE, EVERY = 1 << 20, 16
+SAMPLE, EVERY = 1 << 18, 64
 """Of a sample: values in one of its parts, and how many parts there are for each that is compared."""
 _HEAD = "lm_head.weight"
 _PACKED = "weight_packed"
