@@ -7,8 +7,8 @@ modelopt  load, insert quantizers, calibrate, export: what examples/hf_ptq/hf_pt
           generations; on a GPU in batches of 8
 floor     read the source once, run the base model forward on the samples in BF16, write the output's size once, with fsync
 
-Every sample has `length` tokens. Imports are left out of all three, and shown in `process`, the wall time of the whole process; on a
-GPU ckptq is measured by that alone.
+Every sample has `length` tokens. Imports are left out of all three, and shown in `process`, the wall time of the whole process; on
+a GPU ckptq is measured by that alone.
 Goals, on the ratio of the fastest rounds: at most 0.90 of ModelOpt and at most 1.15 of the floor; on a GPU, without the floor, at
 most half of ModelOpt by whole processes, and at most 6 GB of the GPU's memory. Exits with 1 where one is missed.
 """

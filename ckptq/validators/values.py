@@ -114,7 +114,7 @@ def _look(
     low, high = _plausible(meaning, dtype)
     if low <= lowest and largest <= high and lowest > 0:
         return False, []
-    odd = _odd(tensor, low, high, component, reader, block) if kind == "weight" else None
+    odd = _odd(tensor, low, high, component, reader, block) if kind in ("weight", "whole") else None
     if odd == ():
         found = warning(
             "values.not-positive", name, "a scale above zero", "zero, over weights that are all zero",
@@ -157,10 +157,15 @@ def _odd(
     """Values of a weight's scale outside the range over weights that are not all zero; None where that can't be told."""
     import numpy as np
 
-    weight = weight_of(tensor.spec.name, component.tensors)
+    name = tensor.spec.name
+    is_whole = scale_kind(name) == "whole"
+    weight = weight_of(f"{name.rpartition('.')[0]}.weight_scale" if is_whole else name, component.tensors)
     coding = find_coding(weight, component.tensors, block) if weight else None
-    if coding is None or coding.local is not tensor:
+    if coding is None or tensor is not (coding.whole if is_whole else coding.local):
         return None
+    if is_whole:  # it lies over all of the weight
+        n, k = coding.grid.rows, coding.grid.columns
+        coding = dataclasses.replace(coding, grid=Grid(n, k, n, k))
     found: list[float] = []
     looked = 0
     for start, values in read_in_parts(reader, tensor):
