@@ -1,6 +1,7 @@
 """Conversions without samples: ckptq, llm-compressor's model_free_ptq and the floor, turn about on one generated checkpoint.
 
-    python benchmarks/data_free.py [--size 2|8|large|72] [--rounds 5] [--schemes fp8-dynamic,...] [--device cpu] [--work DIR]
+    python benchmarks/data_free.py [--size 2|8|large|72] [--rounds 5] [--schemes fp8-dynamic,...] [--device cpu] [--alone]
+                                   [--work DIR]
 
 size   2 and 8 GB; large: one decoder layer of a 72B, with tensors of 969 MB; 72: a 72B's 147 GB, for ckptq's memory alone. Its data
        is a hole, which takes no disk, and the output must fit the disk
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--schemes", default=",".join(s for s in PEERS if s != "mxfp8"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--alone", action="store_true", help="leave the peer out")
     parser.add_argument("--work", type=Path, help="where the checkpoints go; the system's folder for temporary files")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as name:
@@ -102,39 +104,46 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", make], check=True)
         size = sum(f.stat().st_size for f in (work / "in").glob("*.safetensors"))
         imports = {name: min((run([sys.executable, "-c", code]) for _ in range(3)), key=lambda r: r.wall)
-                   for name, code in IMPORTS.items() if args.size != "72" or name != "peer"}  # fmt: skip
+                   for name, code in IMPORTS.items() if not args.alone or name != "peer"}  # fmt: skip
         print(f"{size / 1e9:.2f} GB, {os.cpu_count()} CPUs, {args.device}, {args.rounds} rounds; imports: ", end="")
         print(", ".join(f"{name} {found.wall:.1f} s {found.rss / 1e6:.0f} MB" for name, found in imports.items()), flush=True)
         limit = max(RSS, imports["torch"].rss + OVER_TORCH)
-        missed = [
-            line
-            for scheme in args.schemes.split(",")
-            for line in report(scheme, rounds(work, scheme, args), imports, limit, strict=args.size == "8" and args.device == "cpu")
-        ]
+        schemes, strict = args.schemes.split(","), args.size == "8" and args.device == "cpu"
+        runs = rounds(work, schemes, args)
+        missed = [line for scheme in schemes for line in report(scheme, of_scheme(scheme, runs), imports, limit, strict=strict)]
     print("\n".join(["", *(f"MISSED: {line}" for line in missed)] if missed else ["", "all goals reached"]))
     sys.exit(1 if missed else 0)
 
 
-def rounds(work: Path, scheme: str, args: argparse.Namespace) -> dict[str, list[Run]]:
+def rounds(work: Path, schemes: Sequence[str], args: argparse.Namespace) -> dict[str, list[Run]]:
     """{who: one run a round}, turn about, each into an empty folder, with nothing of an earlier run left to be written."""
     source, output = work / "in", work / "out"
     peer_device = "cpu" if args.device == "cpu" else "cuda:0"
-    commands: dict[str, list[str | Path]] = {
-        "floor": [sys.executable, "-c", FLOOR, source, output],
-        "ckptq": [sys.executable, "-m", "ckptq", "convert", "--recipe", RECIPES[scheme], "--model", source, "--output", output,
-                  "--device", args.device, "--format", "json"],
-        "peer": [sys.executable, "-c", PEER, source, output, PEERS[scheme], peer_device],
-    }  # fmt: skip
-    if args.size == "72":
-        commands = {"ckptq": commands["ckptq"]}
+    commands: dict[str, list[str | Path]] = {"floor": [sys.executable, "-c", FLOOR, source, output]}
+    for scheme in schemes:
+        commands[f"ckptq {scheme}"] = [
+            sys.executable, "-m", "ckptq", "convert", "--recipe", RECIPES[scheme], "--model", source, "--output", output,
+            "--device", args.device, "--format", "json"]  # fmt: skip
+    for peer in dict.fromkeys(PEERS[scheme] for scheme in schemes):
+        commands[f"peer {peer}"] = [sys.executable, "-c", PEER, source, output, peer, peer_device]
+    if args.alone or args.size == "72":
+        commands = {who: command for who, command in commands.items() if not who.startswith("peer")}
+    if args.size == "72":  # a floor would write 73 GB of nothing
+        del commands["floor"]
     found: dict[str, list[Run]] = {who: [] for who in commands}
     for number in range(args.rounds):
         for who, command in commands.items():
             os.sync()
             found[who].append(run(command))
-            print(f"  {scheme} round {number + 1} {who}: {found[who][-1].wall:.2f} s", file=sys.stderr, flush=True)
+            print(f"  round {number + 1} {who}: {found[who][-1].wall:.2f} s", file=sys.stderr, flush=True)
             shutil.rmtree(output) if output.is_dir() else output.unlink()
     return found
+
+
+def of_scheme(scheme: str, runs: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """What belongs in a scheme's table."""
+    names = {"floor": "floor", "ckptq": f"ckptq {scheme}", "peer": f"peer {PEERS[scheme]}"}
+    return {short: runs[who] for short, who in names.items() if who in runs}
 
 
 def report(scheme: str, runs: dict[str, list[Run]], imports: dict[str, Run], limit: float, *, strict: bool) -> list[str]:
@@ -162,15 +171,19 @@ def report(scheme: str, runs: dict[str, list[Run]], imports: dict[str, Run], lim
 
 def _ratios(scheme: str, runs: dict[str, list[Run]]) -> list[tuple[str, float, float, bool]]:
     """(name, ratio of the minima, what is wanted, whether more is better)."""
-    if "peer" not in runs:
-        return []
     goals: list[tuple[str, Callable[[Run], float], float]] = [("wall", lambda r: r.wall, 8), ("CPU", lambda r: r.cpu, 6)]
     goals.append(("user CPU", lambda r: r.user, 10))
     if scheme in FOUR_BITS:
         goals = [("wall", lambda r: r.wall, 5)]
-    found = [(f"peer / ckptq, {name}", least(runs["peer"], key) / least(runs["ckptq"], key), x, True) for name, key, x in goals]
-    floor = least(runs["ckptq"], lambda r: r.wall) / least(runs["floor"], lambda r: r.wall)
-    return found if scheme in FOUR_BITS else [*found, ("ckptq / floor, wall", floor, 1.5, False)]
+    found = [
+        (f"peer / ckptq, {name}", least(runs["peer"], key) / least(runs["ckptq"], key), wanted, True)
+        for name, key, wanted in goals
+        if "peer" in runs
+    ]
+    if "floor" in runs and scheme not in FOUR_BITS:
+        times = [least(runs[who], lambda r: r.wall) for who in ("ckptq", "floor")]
+        found.append(("ckptq / floor, wall", times[0] / times[1], 1.5, False))
+    return found
 
 
 def least(found: list[Run], key: Callable[[Run], float]) -> float:

@@ -23,7 +23,7 @@ Format = Literal["human", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="human: tables; json: one object on stdout.")]
 
 app = typer.Typer(
-    help="Offline checkpoint quantizer: FP8 checkpoints that vLLM loads, made layer by layer, and validated.",
+    help="Offline checkpoint quantizer: FP8, INT8 and 4-bit checkpoints that vLLM loads, made piece by piece, and validated.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich takes a third of the time, and would eat [@revision]
@@ -39,11 +39,16 @@ def convert(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="OUT", help="Folder to write; must not exist.")] = None,
     from_fp8: Annotated[
-        bool, typer.Option("--from-fp8", help="The source is FP8: dequantize it on the way. Without this it is refused.")
+        bool,
+        typer.Option("--from-fp8", help="The source is FP8: dequantize it on the way. A quantized one is refused otherwise."),
     ] = False,
     amax: Annotated[
         Path | None,
-        typer.Option("--amax", metavar="PATH", help="Calibrate nothing: take the amaxes of an earlier output of the same source."),
+        typer.Option(
+            "--amax",
+            metavar="PATH",
+            help="Don't calibrate: take the amaxes in this earlier output, or its ckptq.json.",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -94,7 +94,9 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     for finding in job.findings:
         console.warn(f"of the planned output: {finding.code}: {finding.subject}: {finding.found}: {finding.effect}")
     output = Path(job.recipe.output)
-    if job.reused is not None and "calibration" in job.recipe.model_fields_set:
+    if job.reused is not None and not job.plan.calibrated:
+        console.note(f"--amax {job.reused.path} is not used: the recipe needs no calibration")
+    elif job.reused is not None and "calibration" in job.recipe.model_fields_set:
         console.note(f"the recipe's calibration is not used: the amaxes are those in {job.reused.path}")
     samples = load_samples(job.recipe.calibration) if job.calibrates else []
     if len(samples) < job.recipe.calibration.samples and job.calibrates:
@@ -103,7 +105,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     journal.refuse_existing(resume=resume)
     cost.check_space(output, job.plan.nbytes - journal.written_bytes())
     device = resolve_device(device)
-    waiting = _waiting_budget(job.cost, memory, device)
+    waiting = _waiting_budget(job.cost, memory, device) if job.calibrates else 0
     if job.recipe.model is not None and job.source.label is not None:  # all that is cheap to check has been checked
         job = dataclasses.replace(job, source=hub.fetch(job.recipe.model, weights=True))
     record = job_record(job, samples, device)

@@ -16,6 +16,8 @@ from ckptq.scopes import Scope
 
 IMPORTS = 420 * 10**6
 """Resident bytes after importing torch 2.13 (CPU) and transformers 5.17, as benchmarks/memory.py measures them."""
+TORCH = 230 * 10**6
+"""The same of torch alone, which is all that a job without calibration imports."""
 BUFFERS = 128 * 10**6
 """What chunk buffers, the writer and the image processor take beside that."""
 RATES = (("a 16-core CPU at 0.5 TFLOP/s", 0.5e12), ("a GPU at 200 TFLOP/s", 200e12))
@@ -47,7 +49,12 @@ class Cost:
     @property
     def peak(self) -> int:
         """Peak memory with all samples waiting at once."""
-        return self.fixed + self.sample * self.samples if self.samples else IMPORTS + BUFFERS
+        return self.fixed + self.sample * self.samples if self.samples else TORCH + BUFFERS
+
+    @property
+    def least(self) -> int:
+        """Peak memory with one sample waiting at a time."""
+        return min(self.fixed + self.sample, self.peak)
 
 
 def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, calibrates: bool) -> Cost:

@@ -168,6 +168,9 @@ class Journal:
     def _compare(self, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changed = list(_changes(began, now))
         if changed:
+            changed = [
+                c for c in changed if not c.startswith(("plan: ", "recipe.description: "))
+            ] or changed  # what follows from others
             raise OutputError(
                 f"{self.output}: the interrupted job there is another one\n" + "\n".join(f"  - {c}" for c in changed),
                 hint="restore what changed and use --resume, or remove the folder and start again",

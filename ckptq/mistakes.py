@@ -72,9 +72,10 @@ def dotted(path: Iterable[object]) -> str:
 
 
 def close(word: str, known: Iterable[str], *, near_only: bool = False) -> str:
-    """`; did you mean ...?` for a near miss, else the known words, else nothing."""
+    """`; did you mean ...?` for the beginning of a known word or a near miss, else the known words, else nothing."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    begun = [name for name in known if word and name.startswith(word)]
+    near = begun[:3] or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return f"; known: {', '.join(known[:12])}" if known and not near_only else ""

@@ -51,7 +51,7 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
     shards = tuple(fill_files(_units(component, groups, kv, exporter), recipe.export.shard_size))
     section = exporter.quantization_config(layout)
     text = component.config_text
-    if "quantization_config" in component.config:  # null: another value would have been refused
+    if "quantization_config" in component.config:  # null: an object is refused, as of a quantized source
         text = remove_section(text, ("quantization_config",))
     files = {"config.json": insert_section(text, "quantization_config", section)}
     files |= {name: json.dumps(body, indent=4) + "\n" for name, body in exporter.extra_files(layout).items()}

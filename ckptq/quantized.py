@@ -49,7 +49,7 @@ def _said(component: Component) -> str:
     for path, section in _sections(component.config):
         if isinstance(section, Mapping):
             inner = section.get("quantization")
-            algo = section.get("quant_algo") or (inner.get("quant_algo") if isinstance(inner, Mapping) else None)
+            algo = section.get("quant_algo") or (inner.get("quant_algo") if isinstance(inner, Mapping) else section.get("format"))
             where = "" if path == _SECTIONS[:1] else f" in {'.'.join(path)}"
             return f"config.json says quant_method {section.get('quant_method')!r}" + (f", {algo}" if algo else "") + where
     return f"there is a {_FILES[0]}" if _FILES[0] in component.sidecars else ""

@@ -43,12 +43,13 @@ def plan_data(job: Prepared) -> dict[str, Any]:
         "calibration": {
             "needed": job.calibrates,
             "amaxes_from": str(job.reused.path) if job.reused else None,
+            "source": job.recipe.calibration.source if job.calibrates else None,
             "samples": cost.samples,
             "tokens_at_most": cost.tokens,
             "flops_at_most": cost.flops,
         },
         "peak_memory_bytes": cost.peak,
-        "peak_memory_one_sample_a_wave_bytes": cost.fixed + cost.sample,
+        "peak_memory_one_sample_a_wave_bytes": cost.least,
         "findings": [asdict(f) for f in job.findings],
     }
 
@@ -60,25 +61,31 @@ def show_plan(console: Console, job: Prepared) -> None:
     facts = [
         (
             "source",
-            f"{size(source.stored_bytes)} in {len(source.weight_files)} files, scope {job.scope.name}",
+            f"{size(source.stored_bytes)} in {_files(len(source.weight_files))}, scope {job.scope.name}",
         ),
-        ("output", f"{size(plan.nbytes)} in {len(plan.shards)} files, format {job.recipe.export.format}"),
+        ("output", f"{size(plan.nbytes)} in {_files(len(plan.shards))}, format {job.recipe.export.format}"),
         ("config.json", "; ".join(plan.config_changes) + "; otherwise as it is"),
         ("files copied", ", ".join(plan.sidecars) or "none"),
         ("left out", ", ".join(plan.left_out) or "nothing"),
-        ("peak memory", f"about {size(cost.peak)}; {size(cost.fixed + cost.sample)} at the least, with --memory"),
+        ("peak memory", f"about {size(cost.peak)}" + (f"; {size(cost.least)} at the least, with --memory" * job.calibrates)),
     ]
     if source.dequantized:
         facts.insert(1, ("from FP8", "; ".join(source.dequantized)))
     if job.calibrates:
         times = ", ".join(f"{duration(cost.flops / rate)} on {name}" for name, rate in RATES)
-        work = f"{cost.samples} samples, at most {cost.tokens} tokens, {cost.flops:.3g} FLOPs without towers"
+        samples = f"{cost.samples} samples of {job.recipe.calibration.source}"
+        work = f"{samples}, at most {cost.tokens} tokens, {cost.flops:.3g} FLOPs without towers"
         facts.append(("calibration", f"{work}: {times}"))
     else:
-        facts.append(("calibration", f"none, amaxes from {job.reused.path}" if job.reused else "not needed"))
+        taken = job.reused is not None and plan.calibrated
+        facts.append(("calibration", f"none, amaxes from {job.reused.path}" if taken and job.reused else "not needed"))
     facts.append(("layout check", verdict(job.findings)))
     console.table("", ("", ""), facts)
     show_findings(console, job.findings)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def grouped(decisions: Sequence[Decision]) -> list[tuple[str, str, str, int]]:
@@ -214,7 +221,7 @@ def schemes_data() -> dict[str, dict[str, Any]]:
 def show_schemes(console: Console, data: Mapping[str, Any]) -> None:
     """`recipes --schemes` for people."""
     rows = [(name, scheme["title"], *(scheme["formats"].get(form, "-") for form in all_formats())) for name, scheme in data.items()]
-    console.table("", ("scheme", "one scale for", *all_formats()), rows)
+    console.table("", ("scheme", "what becomes of a linear", *all_formats()), rows)
     console.show("A recipe's `scheme` is one of the rows, its `export.format` one of the columns; - is refused.")
 
 

@@ -16,6 +16,8 @@ from ckptq.json_file import read_json
 from ckptq.plan import Plan
 
 _AGAIN = "leave --amax out to calibrate"
+_LARGEST = (2 - 2.0**-23) * 2.0**127
+"""Of float32, in which scales are made of amaxes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def read_amax(path: Path) -> Reused:
             f"--amax {path}: expected a {RECORD} with job and amax", hint="give a folder that `ckptq convert` has written"
         )
     for name, value in amax.items():
-        if type(value) not in (int, float) or value < 0:
+        if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
             raise DataError(f"--amax {path}: {printable(name)}: expected a finite number from 0 on, found {value!r}", hint=_AGAIN)
     return Reused(path, {name: float(value) for name, value in amax.items()}, job)
 

@@ -269,7 +269,7 @@ def _prepare_child(
 
 def _watch(task: dict[str, Any], trace: int) -> None:
     """Wraps the calls through which files change or are read, and the functions where stages begin."""
-    from ckptq import calibrate, convert, hub, pipeline, validate
+    from ckptq import calibrate, hub, pipeline, produce, validate
     from ckptq.journal import Journal
     from ckptq.streamed import StreamedModel
 
@@ -299,7 +299,7 @@ def _watch(task: dict[str, Any], trace: int) -> None:
     begin(Journal, "open", "open")
     begin(calibrate, "calibrate", "calibrate")
     begin(pipeline, "write_shards", "encode")
-    begin(convert, "_write_files", "files")
+    begin(produce, "_write_files", "files")
     begin(validate, "examine", "validate")
     begin(Journal, "publish", "commit")
 

@@ -39,7 +39,7 @@ TARGETS = (*FILES, "header", "start", "tensors")
 SEEDS = (
     "vl-modelopt-fp8kv-ckptq", "vl-modelopt-fp8kv-ckptq-onefile", "vl-modelopt-fp8kv-ckptq-nested", "moe-modelopt-fp8kv-peer",
     "vl-modelopt-pbwo-peer", "vl-ct-fp8kv-peer", "vl-ct-block-peer", "moe-ct-dynamic-peer", "vl-fp8-static-relabeled",
-    "moe-fp8-block-relabeled",
+    "moe-fp8-block-relabeled", "vl-modelopt-mixedkv-ckptq", "vl-ct-mixedkv-ckptq", "vl-modelopt-nvfp4kv-ckptq", "vl-ct-mxfp4-ckptq",
 )  # fmt: skip
 OWN = SEEDS[:2]
 """Those that ckptq alone is needed to build."""

@@ -108,6 +108,7 @@ def test_a_recipe_is_printed_as_it_is(name: str, ckptq: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "hint"),
     [
+        (["recipes", "qwen25vl-lm-mxfp4"], "no shipped recipe 'qwen25vl-lm-mxfp4'; did you mean qwen25vl-lm-mxfp4-compress", ""),
         (["convret"], "No such command 'convret'. Did you mean 'convert'?", "--help"),
         (["convert"], "Missing option '--recipe'.", "convert --help"),
         (["inspect"], "Missing argument 'SRC'.", "inspect --help"),
@@ -297,6 +298,21 @@ def test_no_heavy_imports(example_model: Path, tmp_path: Path) -> None:
     for done in light:
         assert not set(HEAVY) & set(done["modules"])
     assert "rich" not in light[1]["modules"]
+
+
+def test_without_calibration_nothing_asks_for_its_memory(ckptq: Run, tmp_path: Path) -> None:
+    """What only samples need is neither promised nor asked for; a path given for nothing is said to be so."""
+    job = ("convert", "--recipe", "qwen25vl-lm-fp8-block-fp8", "--model", "examples/tiny-qwen2.5-vl", "--output", tmp_path / "out")
+    plan = ckptq(*job, "--dry-run")
+    assert plan.code == 0
+    assert re.search(r"peak memory +about \d+ MB *\n", plan.out)
+    assert re.search(r"output +\S+ MB in 1 file, format fp8", plan.out)
+    data = json.loads(ckptq(*job, "--dry-run", "--format", "json").out)
+    assert data["peak_memory_one_sample_a_wave_bytes"] == data["peak_memory_bytes"] < 400e6
+    (tmp_path / "ckptq.json").write_text('{"job": {}, "amax": {}}')
+    assert re.search(r"calibration +not needed", ckptq(*job, "--dry-run", "--amax", tmp_path).out)
+    made = ckptq(*job, "--memory", "1MB")
+    assert (made.code, made.err.count("error")) == (0, 0)
 
 
 def test_dry_run_of_a_checkpoint_of_72b(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -156,6 +157,31 @@ def test_a_known_amax_is_not_measured_again(tmp_path: Path) -> None:
     amax = dict.fromkeys(planned.observers, 448.0)
     write(tmp_path, component, planned, amax)
     assert load_file(tmp_path / "out" / "out-q.safetensors")["q.scale"] == 1.0
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("amax", [1.0, 0.337, 128.0, 1e-35])
+def test_an_inverse_is_float32(default: torch.dtype, amax: float) -> None:
+    """Whatever torch's default dtype is: transformers changes it, for all threads, while it builds the model that calibrates."""
+    observer = Observer("q", "weight", 0)
+    divisor = Scale((observer,), 2688.0, TensorSpec("q.weight_global_scale", "F32", (1,)), inverse=True)
+    torch.set_default_dtype(default)
+    try:
+        stored, used = (value(divisor, {observer: amax}) for value in (encode.stored_value, encode.multiplier))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    one = np.float32(1)
+    assert stored == float(one / (np.float32(amax) / np.float32(2688)))
+    assert used == float(one / np.float32(stored))
+
+
+@pytest.mark.parametrize("amax", [1e-36, 1e-40, 1e-45])
+def test_a_divisor_is_finite(amax: float) -> None:
+    """Of weights that are next to nothing, too."""
+    observer = Observer("q", "weight", 0)
+    divisor = Scale((observer,), 2688.0, TensorSpec("q.weight_global_scale", "F32", (1,)), inverse=True)
+    assert encode.multiplier(divisor, {observer: amax}) > 0
+    assert math.isfinite(encode.stored_value(divisor, {observer: amax}))
 
 
 def test_amaxes_of_files_that_are_there_already(tmp_path: Path) -> None:

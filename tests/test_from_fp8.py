@@ -294,6 +294,7 @@ REFUSALS: dict[str, tuple[Change, type[CkptqError], str]] = {
         put("weight_scale", lambda _: torch.ones(768, 8, dtype=torch.uint8)), UnsupportedError,
         f"{UP}weight_scale is U8, as in MXFP8",
     ),
+    "AWQ": (put("pre_quant_scale", lambda _: torch.ones(256)), UnsupportedError, f"{UP}pre_quant_scale is stored"),
     "FP8 that is no weight": (put("experts", lambda t: t), UnsupportedError, f"{UP}experts is F8_E4M3"),
     "no FP8 weight at all": (strip, UnsupportedError, "no FP8 weight is stored"),
 }
@@ -335,6 +336,16 @@ def test_a_code_that_is_nan(forms: Callable[[str], tuple[Path, Tensors]], tmp_pa
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     with pytest.raises(DataError, match=f"{UP}weight: holds NaN values"):
         run(BLOCKS, folder, tmp_path / "out", text=True)
+
+
+def test_rotated_weights(forms: Callable[[str], tuple[Path, Tensors]], tmp_path: Path) -> None:
+    """They stand for the model only with the rotation that the server makes undone."""
+    folder = shutil.copytree(forms("compressed channel")[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["transform_config"] = {"config_groups": {"u": {"type": "hadamard", "apply": []}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"config\.json has a transform_config"):
+        dense(folder)
 
 
 def test_other_blocks_make_another_source(forms: Callable[[str], tuple[Path, Tensors]], tmp_path: Path) -> None:

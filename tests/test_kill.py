@@ -198,7 +198,7 @@ def test_waves_and_order_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         ("calibration.seed=1", "recipe.calibration.seed: 0 then, 1 now"),
         ("kv_cache=null", "recipe.kv_cache: fp8 then, None now"),
         ("export.shard_size=5MB", "recipe.export.shard_size: 4000000 then, 5000000 now"),
-        ('keep=["model.visual*","lm_head","model.layers.0.mlp"]', "plan: "),
+        ('keep=["model.visual*","lm_head","model.layers.0.mlp"]', "recipe.keep: "),
     ],
 )
 def test_a_changed_setting_is_refused(started: Job, override: str, named: str) -> None:

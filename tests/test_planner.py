@@ -17,6 +17,7 @@ from ckptq.checkpoint import DTYPE_BYTES, INDEX, Component, SourceTensor, Tensor
 from ckptq.config_text import insert_section
 from ckptq.errors import CkptqError, RecipeError, SourceError, UnsupportedError
 from ckptq.exporters import all_formats, find_exporter
+from ckptq.json_file import parse
 from ckptq.plan import Copy, Encode, Plan, Scale, module_of
 from ckptq.planner import build_plan
 from ckptq.recipe import Recipe
@@ -394,7 +395,7 @@ def test_num_hidden_layers(count: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape"), [("I8", (256, 768)), ("F64", (256, 768)), ("BF16", (196608,)), ("BF16", (1, 256, 768))]
+    ("dtype", "shape"), [("I8", (256, 768)), ("F64", (256, 768)), ("BF16", (196608,)), ("BF16", (1, 256, 768)), ("BF16", (256, 0))]
 )
 def test_a_weight_that_is_no_float_matrix(dtype: str, shape: tuple[int, ...]) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
@@ -411,6 +412,12 @@ def test_a_quantized_source() -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     by_dtype = with_tensors(example(), TensorSpec(name, "F8_E4M3", (768, 256)), without=name)
     refused(UnsupportedError, by_dtype, f"quantized already: {name} is F8_E4M3", hint=hint)
+
+
+def test_a_section_that_says_nothing_makes_room() -> None:
+    """Two equal keys would be two configs to different readers."""
+    made = plan(with_config(example(), quantization_config=None)).files["config.json"]
+    assert parse(made.encode())["quantization_config"]["quant_method"] == "modelopt"
 
 
 def test_our_own_output_is_refused_as_quantized() -> None:

@@ -71,6 +71,19 @@ def test_a_failed_calibration_ends_the_writing(example_model: Path, tmp_path: Pa
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+def test_an_interrupt_ends_the_writing(example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for what is left to write once the samples have run."""
+    monkeypatch.setattr(produce, "_calibrate", lambda job, *_: {o.name: 1.0 for o in job.plan.observers})
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(produce._Tally, "show", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start(example_model, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_a_killed_run_goes_on(example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped when the amaxes are saved and no file is finished."""
     start(example_model, tmp_path / "whole")

@@ -120,6 +120,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], type[CkptqError], s
         lambda b: b["amax"].update({"model.layers.0.mlp.down_proj.input_amax": -1}), DataError,
         "model.layers.0.mlp.down_proj.input_amax: expected a finite number from 0 on, found -1",
     ),
+    "an amax beyond float32": (
+        lambda b: b["amax"].update({"model.layers.0.mlp.down_proj.input_amax": 1e39}), DataError,
+        "model.layers.0.mlp.down_proj.input_amax: expected a finite number from 0 on, found 1e+39",
+    ),
     "a text": (lambda b: b["amax"].update(a="1"), DataError, "a: expected a finite number from 0 on, found '1'"),
     "no amaxes": (lambda b: b.pop("amax"), RecipeError, "expected a ckptq.json with job and amax"),
 }  # fmt: skip
@@ -139,7 +143,7 @@ def test_a_resumed_run_notices_other_amaxes(first: Path, tmp_path: Path, monkeyp
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ckptq.convert._write_files", stop)
+    monkeypatch.setattr("ckptq.produce._write_files", stop)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", *COMPRESSED, amax=first)
     monkeypatch.undo()

@@ -47,6 +47,8 @@ def test_the_table_says_what_the_runs_wrote(script: ModuleType) -> None:
 def test_the_table_speaks_of_every_recipe() -> None:
     wanted = {name for name in shipped() if name.startswith("qwen25vl-lm") and not name.endswith("-text")}
     assert {row["name"] for row in rows(RECORDED)} == {"bf16", *wanted}
+    assert {row["name"] for row in rows(RECORDED) if "refused" not in row} == {"bf16", *wanted}, "each is served somewhere"
+    assert all(row["exact"] == row["scenes"] for row in rows(RECORDED) if "refused" not in row)
 
 
 def test_rows_are_merged_by_what_they_are_of(script: ModuleType, tmp_path: Path) -> None:

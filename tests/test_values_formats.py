@@ -208,6 +208,19 @@ FAULTS: dict[str, tuple[str, Change, list[tuple[str, str]]]] = {
     "exponents without their bias": (f"mxfp8-{MO}", change(f"{OUT}.weight_scale", powers(-127)), [("values.scale-range", "error")]),
     "exponents with twice the bias": (f"mxfp4-{CT}", change(f"{OUT}.weight_scale", powers(127)), [("values.scale-range", "error")]),
     "all zero": (f"nvfp4-{CT}", change(f"{OUT}.weight_packed", lambda t: t & 0x88), [("values.all-zero", "warning")]),
+    "all zero, under a divisor of 1": (
+        f"nvfp4-{CT}",
+        both(change(f"{OUT}.weight_packed", lambda t: t & 0x88), change(f"{OUT}.weight_global_scale", torch.ones_like)),
+        [("values.all-zero", "warning")],
+    ),
+    "all zero but for one, under a scale of 1": (
+        f"nvfp4-{MO}",
+        both(
+            change(f"{OUT}.weight", lambda t: t & 0x88), put(f"{OUT}.weight", 1),
+            change(f"{OUT}.weight_scale_2", torch.ones_like),
+        ),
+        [("values.small-codes", "warning"), ("values.scale-range", "error")],
+    ),
     "all zero, INT8": (f"int8-{CT}", change(f"{OUT}.weight", torch.zeros_like), [("values.all-zero", "warning")]),
     "cut off": (f"nvfp4-{MO}", change(f"{OUT}.weight", nibbles(some_cut)), [("values.saturated", "warning")]),
     "cut off, MXFP4": (f"mxfp4-{CT}", change(f"{OUT}.weight_packed", nibbles(some_cut)), [("values.saturated", "warning")]),

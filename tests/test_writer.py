@@ -285,6 +285,13 @@ def test_room_is_taken_at_the_start(tmp_path: Path) -> None:
         TensorFile(tmp_path / "b", [TensorSpec("a", "U8", (1 << 62,))], {"a": 0})
 
 
+def test_no_descriptor_stays_open_where_there_is_no_room(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OutputError):
+        TensorFile(tmp_path / "b", [TensorSpec("a", "U8", (1 << 62,))], {"a": 0})
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_a_file_system_that_takes_no_room() -> None:
     """The files of /proc can't."""
     fd = os.open("/proc/self/comm", os.O_WRONLY)

@@ -53,7 +53,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 _READS_NORM = re.compile(
     r"(?P<layer>.*\.layers\.\d+)\.(?:(?P<attention>self_attn\.[qkv]_proj)|mlp\.(?:experts\.\d+\.)?(?:gate|up)_proj)"
 )
-_WRONG = "an amax, or one divided by a scale, may stand where amax / 448 belongs"
+_WRONG = "an amax, or one divided by a scale, may stand where the scale belongs"
 _COMPARE = "compare with --source, or calibrate and export again"
 
 

@@ -50,7 +50,7 @@ class Expected:
     def weight_shape(self, module: str) -> tuple[int, ...] | None:
         """[n, k] of a linear's stored weight, unpacked; None where none is stored."""
         spec, form = self.codes_of(module), self.format_of(module)
-        packed = form is not None and spec is not None and len(spec.shape) == 2
+        packed = form is not None and spec is not None and len(spec.shape) == 2 and spec.dtype in ("U8", "I8")
         return None if spec is None else form.weight_shape(spec.shape) if form and packed else spec.shape
 
 

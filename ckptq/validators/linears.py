@@ -31,6 +31,8 @@ CODES = {
 }
 _BITS = {("I8", "U8"), ("U8", "I8")}
 """Dtypes of which one is copied into the other without a change of bits."""
+_SIZES = {"n": "rows", "k": "columns", "nb": "blocks of rows", "kb": "blocks of columns"}
+"""What a `Format` calls the sizes in a shape of scales, in words."""
 
 
 def check(module: str, linear: ServerLinear, form: Format, at: Expected) -> Iterator[Finding]:
@@ -50,7 +52,7 @@ def check(module: str, linear: ServerLinear, form: Format, at: Expected) -> Iter
         if scales.of_input:
             yield from scale_shape(spec, ((), (1,)), "one scale for the input")
         elif matrix is not None:
-            yield from scale_shape(spec, form.shapes_of(scales, matrix), f"{form.name} [{' '.join(scales.shapes[-1:])}]")
+            yield from scale_shape(spec, form.shapes_of(scales, matrix), f"{form.name} has {_in_words(scales)}")
         # llm-compressor makes its codes with the scale in the model's dtype, so nothing is lost there.
         yield from scale_dtype(spec, scales.dtype, rounded=at.settings.method != "compressed-tensors")
     for kind in SCALE_KINDS:
@@ -63,6 +65,11 @@ def check(module: str, linear: ServerLinear, form: Format, at: Expected) -> Iter
                 "vLLM drops it and leaves activations as they are: no harm, unless the checkpoint was made to quantize them",
                 "leave it out, or let the config say that activations are quantized",
             )  # fmt: skip
+
+
+def _in_words(scales: Scales) -> str:
+    words = scales.shapes[0].split()
+    return f"[{', '.join(_SIZES.get(word, word) for word in words)}]" if words else "one"
 
 
 def _codes_dtype(weight: TensorSpec, form: Format) -> Iterator[Finding]:
@@ -78,7 +85,7 @@ def _codes_dtype(weight: TensorSpec, form: Format) -> Iterator[Finding]:
     yield error(
         "layout.weight-dtype", weight.name, f"{form.codes}: vLLM builds this linear quantized", weight.dtype,
         f"the values would be {'cast to codes as if they had no scale' if floats else 'converted as numbers'}, silently",
-        f"quantize it and store {form.codes} codes, or exclude the whole fused linear",
+        f"store {form.codes} codes, declare the format whose codes these are, or exclude the whole fused linear",
     )  # fmt: skip
 
 
@@ -93,7 +100,7 @@ def _whole_columns(name: str, matrix: tuple[int, int], form: Format) -> Iterator
 
 
 def _missing_scale(name: str, scales: Scales, linear: ServerLinear, at: Expected) -> Finding:
-    wanted = f"{scales.dtype} [{scales.shapes[0].replace(' ', ', ')}]"
+    wanted = f"{scales.dtype} {_in_words(scales) if scales.shapes[0] else '[]'}"
     # A fused linear's parameter has one slot a shard, and for activations the largest counts: one shard's is enough to run.
     shared = scales.of_input and scales.unset in ("placeholder", "one")
     if shared and any(f"{m}.{scales.kind}" in at.tensors for m in linear.shards):

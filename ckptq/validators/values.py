@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,18 @@ from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, compare, error, filling, warning
 from ckptq.validators.amaxes import Meaning, meaning_of
 from ckptq.validators.coding import Coding, find_coding, number_of
-from ckptq.validators.scales import DTYPES, EXPONENTS, SCALE_DTYPES, Kind, as_float, block_of, read_in_parts, scale_kind, weight_of
+from ckptq.validators.scales import (
+    DTYPES,
+    EXPONENTS,
+    SCALE_DTYPES,
+    Grid,
+    Kind,
+    as_float,
+    block_of,
+    read_in_parts,
+    scale_kind,
+    weight_of,
+)  # fmt: skip
 from ckptq.validators.scan import NUMBERS, Seen, scan
 
 CODES = {
