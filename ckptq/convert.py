@@ -133,7 +133,7 @@ def _waiting_budget(needs: Cost, memory: int | None, device: str) -> int:
         return cost.waiting_budget(needs, memory, cost.available_memory())
     import torch
 
-    return cost.waiting_budget(needs, memory, torch.cuda.mem_get_info(device)[0], imports=0)
+    return cost.waiting_budget(needs, memory, torch.cuda.mem_get_info(device)[0], imports=cost.GPU_WRITER)
 
 
 def resolve_device(device: str) -> str:

@@ -18,6 +18,8 @@ IMPORTS = 420 * 10**6
 """Resident bytes after importing torch 2.13 (CPU) and transformers 5.17, as benchmarks/memory.py measures them."""
 TORCH = 230 * 10**6
 """The same of torch alone, which is all that a job without calibration imports."""
+GPU_WRITER = 2 * 10**9
+"""What writing takes of a GPU's memory while samples run there: ckptq/encode.py GPU_BAND and GPU_WORKERS."""
 BUFFERS = 128 * 10**6
 """What chunk buffers, the writer and the image processor take beside that."""
 RATES = (("a 16-core CPU at 0.5 TFLOP/s", 0.5e12), ("a GPU at 200 TFLOP/s", 200e12))
@@ -91,7 +93,7 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, 
 def waiting_budget(cost: Cost, limit: int | None, free: int, imports: int = IMPORTS) -> int:
     """Bytes that waiting samples may hold where they are kept: under `limit` in all, or under 80 % of what is `free` now.
 
-    imports   what of `limit` the process takes before it begins: IMPORTS on the host, nothing on a GPU
+    imports   what else takes of `limit`: IMPORTS on the host, GPU_WRITER on a GPU
 
     Raises RecipeError where not even one sample fits `limit`.
     """

@@ -14,7 +14,7 @@ from ckptq.tensors import TORCH_DTYPES, raw
 
 CHUNK = 1 << 18
 """Codes at a time: with what becomes of them they take 1.8 MB, which stays in the cache."""
-KEPT_SCALES = 16
+KEPT_SCALES = 32
 """Scale tensors that are held at once: more than there are threads, each of which reads one weight."""
 
 ReadStored = Callable[[SourceTensor, int, memoryview], None]

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 Job = TypeVar("Job")
-Desk = TypeVar("Desk")
+Place = TypeVar("Place")
 Result = TypeVar("Result")
 AHEAD = 8
 """Small jobs a thread that wait to be done, or to be looked at."""
@@ -27,22 +27,22 @@ def threads() -> int:
     return min(THREADS, len(os.sched_getaffinity(0)))
 
 
-class Line(Generic[Desk]):
+class Line(Generic[Place]):
     """Threads with a desk each, at which one piece of work is done at a time. Use it as a context, from one thread.
 
     What is handed in is begun in that order, so work may wait for the result of what was handed in before it. At most `ahead`
     pieces are begun or done and not yet taken. Leaving the context by an error drops what has not begun.
     """
 
-    def __init__(self, desk: Callable[[], Desk], count: int, ahead: int) -> None:
-        self._desks: queue.SimpleQueue[Desk] = queue.SimpleQueue()
+    def __init__(self, desk: Callable[[], Place], count: int, ahead: int) -> None:
+        self._desks: queue.SimpleQueue[Place] = queue.SimpleQueue()
         for _ in range(count):
             self._desks.put(desk())
         self._pool = ThreadPoolExecutor(count)
         self._ahead = ahead
         self._waiting: collections.deque[tuple[Future[Any] | None, Callable[[Any], object]]] = collections.deque()
 
-    def put(self, work: Callable[[Desk], Result], then: Callable[[Result], object] = lambda _: None) -> Future[Result]:
+    def put(self, work: Callable[[Place], Result], then: Callable[[Result], object] = lambda _: None) -> Future[Result]:
         """Hands in work. `then` gets its result in this thread, in turn. Raises what earlier work or its `then` raised."""
         future = self._pool.submit(self._at_a_desk, work)
         self._queue(future, then)
@@ -66,21 +66,21 @@ class Line(Generic[Desk]):
         future, then = self._waiting.popleft()
         then(future.result() if future else None)
 
-    def _at_a_desk(self, work: Callable[[Desk], Result]) -> Result:
+    def _at_a_desk(self, work: Callable[[Place], Result]) -> Result:
         desk = self._desks.get()
         try:
             return work(desk)
         finally:
             self._desks.put(desk)
 
-    def __enter__(self) -> Line[Desk]:
+    def __enter__(self) -> Line[Place]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
 
 
-def in_order(work: Callable[[Job, Desk], Result], jobs: Iterable[Job], desk: Callable[[], Desk]) -> Iterator[Result]:
+def in_order(work: Callable[[Job, Place], Result], jobs: Iterable[Job], desk: Callable[[], Place]) -> Iterator[Result]:
     """work(job, desk) of each job by threads, in the order of the jobs; each thread has a desk. Only a few are ahead."""
     done: collections.deque[Result] = collections.deque()
     with Line(desk, threads(), AHEAD * threads()) as line:

@@ -19,8 +19,9 @@ PARTIAL = ".partial"
 BLOCK = 1 << 20
 """Bytes that a copy by hand takes at a time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CAN_NOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY)
-"""The kernel does not copy between these files: other file systems, other kinds of file, an older kernel, a sandbox."""
+_CAN_NOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY,
+            errno.ENOENT, errno.EACCES)  # fmt: skip
+"""The kernel does not copy between these files: other file systems, other kinds of file, an older kernel, a sandbox, no /proc."""
 
 
 @contextmanager
