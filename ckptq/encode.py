@@ -23,7 +23,7 @@ from ckptq.writer import BLOCK, TensorFile
 
 BAND = 1 << 19
 """Values a worker has in hand: with what becomes of them they stay in the processor's cache, and Python's share is small."""
-GPU_BAND, GPU_WORKERS = 1 << 21, 8
+GPU_BAND, GPU_WORKERS = 1 << 21, 6
 """On a GPU: what a worker has in hand there, times their number, stays below 2 GB, NVFP4's many intermediate values included."""
 
 

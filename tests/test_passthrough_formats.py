@@ -328,6 +328,7 @@ def test_a_sample_has_the_ends_and_some_parts_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int, seen: bool
 ) -> None:
     monkeypatch.setattr(passthrough, "SAMPLE", 4 * 256)
+    monkeypatch.setattr(passthrough, "EVERY", 16)
     after = encoded(source(), nvfp4)
     codes_of(after)[row].bitwise_xor_(0x77)
     assert len(check(tmp_path, after)) == 1

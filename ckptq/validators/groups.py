@@ -45,7 +45,9 @@ class Unknown:
 
 def scheme(group: Mapping[str, Any], top_format: Any, server: Server) -> Format | Wanted | Unknown:
     """What the server builds of a group whose arguments `fault` finds nothing wrong with. In the server's own order."""
-    weights, inputs = group["weights"], group.get("input_activations") or None
+    weights, inputs = group["weights"], group.get("input_activations")
+    if not isinstance(inputs, Mapping) or not inputs:  # of other types `check` has told
+        inputs = None
     said = group.get("format") or top_format
     if _is_nvfp4(weights):
         if inputs is None:

@@ -68,8 +68,14 @@ def _group_findings(group: Any, where: str, top_format: Any, server: Server) -> 
         return
     for key in ("weights", "input_activations", "output_activations"):
         arguments = group.get(key)
-        if not isinstance(arguments, Mapping):
+        if not arguments or (key == "output_activations" and not isinstance(arguments, Mapping)):
             continue
+        if not isinstance(arguments, Mapping):
+            yield error(
+                "config.groups", f"{where}.{key}", "an object, or null", as_json(arguments), "vLLM raises",
+                "write what the scales are",
+            )  # fmt: skip
+            return
         if unknown := sorted(set(arguments) - groups.ARGUMENTS):
             yield error(
                 "config.unknown-key", f"{where}.{key}.{unknown[0]}", "no such key", as_json(arguments[unknown[0]]),
