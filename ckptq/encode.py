@@ -24,7 +24,7 @@ from ckptq.writer import BLOCK, TensorFile
 BAND = 1 << 19
 """Values a worker has in hand: with what becomes of them they stay in the processor's cache, and Python's share is small."""
 GPU_BAND, GPU_WORKERS = 1 << 21, 6
-"""On a GPU: what a worker has in hand there, times their number, stays below 2 GB, NVFP4's many intermediate values included."""
+"""On a GPU, for less than 2 GB of its memory: NVFP4, which has the most intermediate values, took 0.29 GB a worker on an H200."""
 
 
 class Bench:

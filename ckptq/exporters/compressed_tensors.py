@@ -6,7 +6,7 @@ columns of a weight.
     scheme             weight                       .weight_scale               further
     fp8                .weight F8_E4M3 [n, k]       F32 [1]                     .input_scale F32 [1]
     fp8-dynamic        .weight F8_E4M3 [n, k]       F32 [n, 1]
-    fp8-block          .weight F8_E4M3 [n, k]       F32 [n / 128, k / 128]
+    fp8-block          .weight F8_E4M3 [n, k]       F32 [ceil(n / 128), k / 128]
     int8               .weight I8 [n, k]            F32 [n, 1]
     nvfp4              .weight_packed U8 [n, k/2]   F8_E4M3 [n, k / 16]         .weight_global_scale, .input_global_scale F32 [1]
     nvfp4a16           .weight_packed U8 [n, k/2]   F8_E4M3 [n, k / 16]         .weight_global_scale F32 [1]

@@ -5,7 +5,7 @@ Tensors: vLLM 0.32.0 model_executor/layers/quantization/fp8.py Fp8LinearMethod; 
     scheme       <linear>.weight    scale                                       further
     fp8          F8_E4M3 [n, k]     .weight_scale F32 []                        .input_scale F32 []
     fp8-tensor   F8_E4M3 [n, k]     .weight_scale F32 []
-    fp8-block    F8_E4M3 [n, k]     .weight_scale_inv F32 [n / 128, k / 128]
+    fp8-block    F8_E4M3 [n, k]     .weight_scale_inv F32 [ceil(n / 128), k / 128]
 
 Every scale multiplies, the one called `inv` too.
 """

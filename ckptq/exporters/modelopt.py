@@ -6,7 +6,7 @@ torch/export/unified_export_hf.py, which writes them. `[]` is a 0-d tensor; n an
     quant_algo                 <linear>.weight    .weight_scale               further
     FP8                        F8_E4M3 [n, k]     F32 []                      .input_scale F32 []
     FP8_PER_CHANNEL_PER_TOKEN  F8_E4M3 [n, k]     F32 [n]
-    FP8_PB_WO                  F8_E4M3 [n, k]     F32 [n / 128, 1, k / 128, 1]
+    FP8_PB_WO                  F8_E4M3 [n, k]     F32 [ceil(n / 128), 1, k / 128, 1]
     NVFP4                      U8 [n, k / 2]      F8_E4M3 [n, k / 16]         .weight_scale_2 F32 [], .input_scale F32 []
     W4A16_NVFP4                U8 [n, k / 2]      F8_E4M3 [n, k / 16]         .weight_scale_2 F32 []
     MXFP8                      F8_E4M3 [n, k]     U8 [n, k / 32]
