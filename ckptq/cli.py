@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import shutil
@@ -267,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Waiting OpenMP threads spin by default and slow each other down where cores are few; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which would spin too; nothing here multiplies matrices with it
+    gc.set_threshold(50_000, 20, 100)  # imports make a million objects and no garbage: looking for some took a tenth of their time
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: _interrupt(arguments))
     try:

@@ -21,7 +21,7 @@ from ckptq.plan import Encode, Observer, Scale
 from ckptq.tensors import TORCH_DTYPES, raw
 from ckptq.writer import BLOCK, TensorFile
 
-BAND = 1 << 19
+BAND = 1 << 20
 """Values a worker has in hand: with what becomes of them they stay in the processor's cache, and Python's share is small."""
 GPU_BAND, GPU_WORKERS = 1 << 21, 6
 """On a GPU, for less than 2 GB of its memory: NVFP4, which has the most intermediate values, took 0.29 GB a worker on an H200."""

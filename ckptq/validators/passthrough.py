@@ -32,7 +32,7 @@ PART = 1 << 24
 """Values that one thread compares in one go."""
 TWICE, FEW = 2.0, 0.01
 """Rounding a second time, under a scale beside the first, moves few weights beyond the bound, and none beyond twice the bound."""
-SAMPLE, EVERY = 1 << 18, 64
+SAMPLE, EVERY = 1 << 16, 128
 """Of a sample: values in one of its parts, and how many parts there are for each that is compared."""
 _HEAD = "lm_head.weight"
 _PACKED = "weight_packed"
@@ -207,7 +207,7 @@ def _jobs(pairs: Iterable[Pair], proved: Collection[str], sample: bool) -> Itera
         if pair.coded is not None:
             grid = pair.coded.grid
             end, step = grid.rows, max(size // (grid.columns * grid.high), 1) * grid.high
-            step = min(step, max(size // grid.columns, 1)) if grid.wide == grid.columns else step
+            step = min(step, max(size // grid.columns, 1)) if sample or grid.wide == grid.columns else step
         parts = [range(at, min(at + step, end)) for at in range(0, end, step)]
         if sample and pair.coded:
             parts = [part for i, part in enumerate(parts) if i % EVERY == 0 or i == len(parts) - 1]
