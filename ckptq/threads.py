@@ -18,8 +18,8 @@ Place = TypeVar("Place")
 Result = TypeVar("Result")
 AHEAD = 8
 """Small jobs a thread that wait to be done, or to be looked at."""
-THREADS = 16
-"""At most; a disk or the memory is the limit long before."""
+THREADS, READERS = 16, 8
+"""At most; a disk or the memory is the limit long before. Those who only look are quicker, and wait for the interpreter's lock."""
 
 
 def threads() -> int:
@@ -83,7 +83,8 @@ class Line(Generic[Place]):
 def in_order(work: Callable[[Job, Place], Result], jobs: Iterable[Job], desk: Callable[[], Place]) -> Iterator[Result]:
     """work(job, desk) of each job by threads, in the order of the jobs; each thread has a desk. Only a few are ahead."""
     done: collections.deque[Result] = collections.deque()
-    with Line(desk, threads(), AHEAD * threads()) as line:
+    count = min(threads(), READERS)
+    with Line(desk, count, AHEAD * count) as line:
         for job in jobs:
             line.put(lambda mine, job=job: work(job, mine), done.append)  # type: ignore[misc]
             while done:

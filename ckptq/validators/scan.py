@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-CHUNK = 1 << 20
+CHUNK = 1 << 21
 """Bytes a read: small enough to stay in the processor's cache while it is looked at."""
 COUNTED = 8
 """Chunks of a part in which codes at the largest value are all counted; of further ones it is every COUNTED-th."""
