@@ -15,6 +15,8 @@ from ckptq.numerics import Desk, patterns
 from ckptq.schemes import Scheme
 
 MAX = 448.0
+PATTERNS = 1 << 16
+"""Of 16 bits."""
 PIECE = 1 << 20
 """Elements of one row of blocks that are encoded at once."""
 
@@ -51,7 +53,10 @@ def encode(
     """
     if scales is None:
         assert whole is not None
-        _divide(values, desk.number("whole", whole), codes, desk)
+        if values.element_size() == 2 and values.device.type == "cpu" and values.numel() >= PATTERNS:
+            _look_up(values, whole, codes, desk)
+        else:
+            _divide(values, desk.number("whole", whole), codes, desk)
     elif scheme.rows == 1:
         scales.view(-1).copy_(_scales(patterns.amax(values, desk), desk))
         _divide(values, scales, codes, desk)
@@ -61,6 +66,26 @@ def encode(
             part = (slice(top, bottom), slice(left, right))
             place = scales[top // rows : -(-bottom // rows), left // columns : -(-right // columns)]
             _encode_blocks(values[part], min(rows, bottom - top), columns, codes[part], place, desk)
+
+
+def _look_up(values: torch.Tensor, whole: float, codes: torch.Tensor, desk: Desk) -> None:
+    """The same codes, from a table of what becomes of every pattern of 16 bits: twice as fast as doing the arithmetic.
+
+    Arrow's take is what is fast here: numpy's and torch's want indices of 64 or 32 bits.
+    """
+    import numpy as np
+    import pyarrow
+    from pyarrow.compute import take
+
+    def table() -> pyarrow.Array:
+        every = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(values.dtype)
+        coded = torch.empty(PATTERNS, dtype=codes.dtype)
+        _divide(every, desk.number("whole", whole), coded, desk)
+        return pyarrow.array(coded.view(torch.uint8).numpy())
+
+    patterns_ = pyarrow.array(values.reshape(-1).view(torch.uint16).numpy())
+    found = take(desk.remember((whole, values.dtype), table), patterns_, boundscheck=False)
+    np.copyto(codes.view(torch.uint8).reshape(-1).numpy(), np.frombuffer(found.buffers()[1], np.uint8, values.numel()))
 
 
 def _divide(values: torch.Tensor, divisors: torch.Tensor, codes: torch.Tensor, desk: Desk) -> None:
