@@ -15,8 +15,8 @@ from ckptq.numerics import Desk, patterns
 from ckptq.schemes import Scheme
 
 MAX = 448.0
-PATTERNS = 1 << 16
-"""Of 16 bits."""
+PATTERNS, LOOKED_UP = 1 << 16, 1 << 17
+"""Patterns of 16 bits, and values looked up at a time, for which Arrow takes fresh memory."""
 PIECE = 1 << 20
 """Elements of one row of blocks that are encoded at once."""
 
@@ -78,14 +78,17 @@ def _look_up(values: torch.Tensor, whole: float, codes: torch.Tensor, desk: Desk
     from pyarrow.compute import take
 
     def table() -> pyarrow.Array:
-        every = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(values.dtype)
+        patterned = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(values.dtype)
         coded = torch.empty(PATTERNS, dtype=codes.dtype)
-        _divide(every, desk.number("whole", whole), coded, desk)
+        _divide(patterned, desk.number("whole", whole), coded, desk)
         return pyarrow.array(coded.view(torch.uint8).numpy())
 
-    patterns_ = pyarrow.array(values.reshape(-1).view(torch.uint16).numpy())
-    found = take(desk.remember((whole, values.dtype), table), patterns_, boundscheck=False)
-    np.copyto(codes.view(torch.uint8).reshape(-1).numpy(), np.frombuffer(found.buffers()[1], np.uint8, values.numel()))
+    known = desk.remember((whole, values.dtype), table)
+    every, out = values.reshape(-1).view(torch.uint16).numpy(), codes.view(torch.uint8).reshape(-1).numpy()
+    for at in range(0, len(out), LOOKED_UP):
+        part = slice(at, at + LOOKED_UP)
+        found = take(known, pyarrow.array(every[part]), boundscheck=False)
+        np.copyto(out[part], np.frombuffer(found.buffers()[1], np.uint8, len(found)))
 
 
 def _divide(values: torch.Tensor, divisors: torch.Tensor, codes: torch.Tensor, desk: Desk) -> None:
