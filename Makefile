@@ -3,6 +3,8 @@
 # Each environment is made once, and again when what it is made from changes.
 
 PYTHON ?= python3
+# Processes that run tests: each takes one core and up to 3 GB.
+WORKERS ?= 2
 BIN := .venv/bin
 SERVER := .venv-vllm/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
@@ -14,8 +16,11 @@ demo: .venv/installed
 	$(BIN)/ckptq convert --recipe demo.yaml
 	$(BIN)/ckptq validate out/demo --source examples/tiny-qwen2.5-vl
 
+# One thread each, which vLLM would bind to the first core, whichever process it is.
+test: export OMP_NUM_THREADS = 1
+test: export VLLM_CPU_OMP_THREADS_BIND = nobind
 test: .venv/installed .venv-vllm/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """One measured run in a process of its own: `python benchmarks/child.py KIND JOB.json` prints one JSON line.
 
 KIND is ckptq, modelopt or floor. The clock starts when all that a kind needs is imported. JOB.json: model, output, text,
-samples, length, threads, device (cpu or cuda), batch (samples of one length that ModelOpt gets at once).
+samples, length, threads, device (cpu or cuda), batch (samples of one length that ModelOpt gets at once), recipe (of ckptq).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run_ckptq(job: dict[str, Any]) -> dict[str, float]:
 
     calibration = {"source": "text", "files": job["text"], "samples": job["samples"], "sequence_length": job["length"]}
     overrides = [f"calibration={json.dumps(calibration)}", "export.shard_size=5GB"]
-    recipe = load_recipe("qwen25vl-lm-fp8-text", overrides, model=job["model"], output=job["output"])
+    recipe = load_recipe(job.get("recipe", "qwen25vl-lm-fp8-text"), overrides, model=job["model"], output=job["output"])
     console = Console(quiet=True)
     convert(prepare(recipe), resume=False, device=job.get("device", "cpu"), memory=job.get("memory"), console=console)
     return console.seconds

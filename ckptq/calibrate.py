@@ -9,7 +9,8 @@ One sample a forward: padding would change the amaxes, and so the result depends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from ckptq.journal import Progress, ProgressFile
 from ckptq.observe import Seen, observing
 from ckptq.plan import Observer
 from ckptq.streamed import StreamedModel
+from ckptq.waiting import free_outside, held_bytes
 
 Inputs = dict[str, torch.Tensor]
 
@@ -36,6 +38,9 @@ def calibrate(
     saved: ProgressFile,
     console: Console,
     watch: Callable[[], None] = lambda: None,
+    *,
+    all_experts: bool = False,
+    tokens: MutableMapping[str, list[int]] | None = None,
 ) -> dict[Observer, float]:
     """The amax of every input, K and V observer over all samples, and of every weight that a decoder layer has.
 
@@ -44,16 +49,19 @@ def calibrate(
     memory   bytes that waiting samples may hold; more samples than fit are taken in waves, whose maxima are merged
     saved    where progress is kept, so that a killed run goes on from the layer it had saved
     watch    is called with every sample that enters and before every layer, and ends the calibration by what it raises
+    all_experts  whether routed experts see every token, not those alone that the router sends them
+    tokens   gains how many the router sent each expert, by the name of the module around them
 
     Raises DataError for NaN or infinite weights and activations, and for an observer that no sample reached.
     """
     state = saved.load() or Progress()
-    amax = dict(state.amax)
+    amax, counts = dict(state.amax), tokens if tokens is not None else {}
+    counts.update(state.tokens)
     by_name = {o.name: o for o in observers}
-    with torch.inference_mode(), observing(streamed, observers) as seen:
+    with torch.inference_mode(), observing(streamed, observers, all_experts=all_experts) as seen:
         while state.first < len(names):
-            count = _Wave(streamed, state, names, encode, memory, seen, watch).run(observers, amax, saved, console)
-            state = Progress(first=state.first + count, amax=dict(amax))
+            count = _Wave(streamed, state, names, encode, memory, seen, watch).run(observers, amax, counts, saved, console)
+            state = Progress(first=state.first + count, amax=dict(amax), tokens=dict(counts))
             saved.save(state)
     if unreached := [o.name for o in observers if o.kind != "weight" and o.name not in amax]:
         raise DataError(
@@ -90,12 +98,20 @@ class _Wave:
         self._waiting_bytes = 0
         self._largest_sample = 0
 
-    def run(self, observers: Sequence[Observer], amax: dict[str, float], saved: ProgressFile, console: Console) -> int:
-        """Runs the wave to the last layer, raising `amax` in place; the number of samples it took."""
+    def run(
+        self,
+        observers: Sequence[Observer],
+        amax: dict[str, float],
+        tokens: MutableMapping[str, list[int]],
+        saved: ProgressFile,
+        console: Console,
+    ) -> int:
+        """Runs the wave to the last layer, raising `amax` and `tokens` in place; the number of samples it took."""
         layers, seen = self._streamed.layers, self._seen
         weights = {f"{o.module}.weight": o.name for o in observers if o.kind == "weight"}
         hooks = [layer.register_forward_pre_hook(self._park, with_kwargs=True) for layer in layers]
         hooks.append(layers[-1].register_forward_hook(self._end))
+        hooks.append(self._streamed.decoder.register_forward_pre_hook(self._called, with_kwargs=True))
         try:
             finished = layers[: self._state.layer]
             with _bypassed(finished):
@@ -110,9 +126,11 @@ class _Wave:
                         sample.switch()
                     for observer, value in seen.take(self._names).items():
                         amax[observer.name] = max(amax.get(observer.name, 0.0), value)
+                    for experts, found in seen.take_tokens().items():
+                        tokens[experts] = [a + b for a, b in zip(tokens.get(experts, [0] * len(found)), found, strict=True)]
                     if index + 1 < len(layers) and saved.due():
                         hidden = [self._hidden[sample] for sample in self._samples]
-                        saved.save(Progress(self._state.first, index + 1, amax=dict(amax), hidden=hidden))
+                        saved.save(Progress(self._state.first, index + 1, dict(amax), hidden, dict(tokens)))
                     advance(1)
             return len(self._samples)
         finally:
@@ -158,23 +176,28 @@ class _Wave:
             self._hidden = dict(self._restored)
 
     def _each_layer(self) -> Iterator[int]:
-        """Layer after layer with its weights in place, the next one being read meanwhile."""
-        streamed, first = self._streamed, self._state.layer
+        """Layer after layer with its weights in place, the next one being read meanwhile if there is room for it."""
+        streamed, last = self._streamed, len(self._streamed.layers) - 1
         with ThreadPoolExecutor(1) as pool:
-            coming: Future[torch.Tensor] = pool.submit(streamed.read_layer, first)
-            for index in range(first, len(streamed.layers)):
-                slot = coming.result()
-                if index + 1 < len(streamed.layers):
-                    coming = pool.submit(streamed.read_layer, index + 1)
+            coming: list[Future[torch.Tensor]] = []
+            for index in range(self._state.layer, last + 1):
+                while len(coming) <= min(streamed.ahead, last - index):
+                    coming.append(pool.submit(streamed.read_layer, index + len(coming)))
+                slot = coming[0].result()
                 with streamed.use_layer(index, slot, self._seen.note_weight):
                     yield index
+                del coming[0]
+
+    def _called(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The decoder has all that it will get: what its layers read later, Qwen3-VL's deepstack too, is among its arguments."""
+        free_outside(sys._getframe(1), (args, kwargs), self._streamed.model)
 
     def _park(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before every decoder layer: wait for the driver. Returns new arguments only where a saved state is put back."""
         sample = getcurrent()
         hidden = args[0] if args else kwargs["hidden_states"]
         if sample not in self._hidden:
-            held = _waiting_bytes(hidden, args, kwargs)
+            held = held_bytes(sys._getframe(1), hidden, self._streamed.model)
             self._waiting_bytes += held
             self._largest_sample = max(self._largest_sample, held)
         self._hidden[sample] = hidden
@@ -206,22 +229,6 @@ def _bypassed(layers: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-def _waiting_bytes(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """What a sample holds while it waits: two hidden states (the outer frame keeps the embeddings) and the layer's arguments."""
-    tensors = {id(t): t for t in _tensors((args, kwargs))}
-    return hidden.nbytes + sum(t.nbytes for t in tensors.values())
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
 
 
 def _free_pixels(inputs: Inputs) -> None:

@@ -25,11 +25,12 @@ from ckptq.safetensors_header import DTYPE_BYTES, FLOATS, Codes, Header, SourceT
 
 if TYPE_CHECKING:
     from ckptq.dequantize import Dequantizer
+    from ckptq.transpose import Transposer
 
 __all__ = [  # what other modules import from here, wherever it is defined
-    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "STAGING", "WEIGHT_COPIES", "Codes", "Component", "Disagreement", "Header",
-    "Inventory", "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint", "is_consolidated", "is_weight_copy",
-    "read_config", "read_header", "read_index", "read_inventory",
+    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "SPEAKERS", "STAGING", "WEIGHT_COPIES", "Codes", "Component", "Disagreement",
+    "Header", "Inventory", "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint", "is_consolidated",
+    "is_weight_copy", "read_config", "read_header", "read_index", "read_inventory",
 ]  # fmt: skip
 
 SINGLE = "model.safetensors"
@@ -46,6 +47,8 @@ WEIGHT_COPIES = (
     "consolidated*", "original/*", "*.bin.index.json", "*.safetensors.index.json",
 )  # fmt: skip
 _COPIES = re.compile("|".join(fnmatch.translate(pattern) for pattern in WEIGHT_COPIES))
+SPEAKERS = "spk_dict.pt"
+"""Voices of Qwen2.5-Omni, no copy of its weights: transformers 5.17 and vLLM-Omni 0.30.0 read it from beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +202,7 @@ def _other_files(base: Path, weights: Collection[str]) -> tuple[list[str], list[
 
 def is_weight_copy(name: str) -> bool:
     """Whether the file holds, or indexes, another copy of the weights."""
-    return bool(_COPIES.match(name) or _COPIES.match(name.rpartition("/")[2]))
+    return name != SPEAKERS and bool(_COPIES.match(name) or _COPIES.match(name.rpartition("/")[2]))
 
 
 def is_consolidated(name: str) -> bool:
@@ -218,6 +221,8 @@ def fingerprint(root: Path, component: Component) -> str:
         digest.update(f"{name}|{tensor.spec.dtype}|{tensor.spec.shape}|{tensor.file}|{tensor.offset}\n".encode())
         if tensor.codes is not None:
             digest.update(f"{tensor.codes}\n".encode())
+        if tensor.stride:
+            digest.update(f"{tensor.stride}\n".encode())
     for file in component.weight_files:
         fd = _open(root / component.folder / file)
         try:
@@ -243,10 +248,15 @@ class Reader:
     def __init__(self, root: Path, component: Component) -> None:
         self._files: dict[str, int] = {}
         self._dequantizer: Dequantizer | None = None
+        self._transposer: Transposer | None = None
         if component.dequantized:
             from ckptq.dequantize import Dequantizer  # which imports torch
 
             self._dequantizer = Dequantizer(self.read_stored)
+        if any(tensor.stride for tensor in component.tensors.values()):
+            from ckptq.transpose import Transposer
+
+            self._transposer = Transposer(self.read_stored)
         try:
             for file in component.weight_files:
                 self._files[file] = _open(root / component.folder / file)
@@ -259,8 +269,11 @@ class Reader:
 
         Raises SourceError for a file that ends early, DataError for scales of codes that are not finite.
         """
-        if tensor.codes is None:
+        if tensor.as_stored:
             self.read_stored(tensor, start, buffer)
+        elif tensor.codes is None:
+            assert self._transposer is not None
+            self._transposer.read_into(tensor, start, buffer)
         else:
             assert self._dequantizer is not None
             self._dequantizer.read_into(tensor, start, buffer)

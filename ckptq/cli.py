@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shlex
@@ -11,14 +12,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
-
-if TYPE_CHECKING:
-    from ckptq.console import Console
-    from ckptq.reports import Asked, Outcome
-    from ckptq.validators.servers import Server
 
 Format = Literal["human", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="human: tables; json: one object on stdout.")]
@@ -107,6 +103,10 @@ def validate(
     vllm_python: Annotated[
         Path, typer.Option("--vllm-python", metavar="PYTHON", help="The interpreter that has vLLM.", show_default="this one")
     ] = Path(sys.executable),
+    scope: Annotated[
+        Path | None,
+        typer.Option("--scope", metavar="FILE", help="Judge by the scope in this recipe or ckptq.json, not by ckptq's own."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
     format: Annotated[
         Literal["human", "json", "junit", "github"],
@@ -120,12 +120,12 @@ def validate(
     """Say whether vLLM will serve a checkpoint right. Exit code 1 where it will not, 2 where it can't be read."""
     from dataclasses import replace
 
-    from ckptq import reports
+    from ckptq import judge, reports
     from ckptq.console import Console
     from ckptq.reports.human import show
 
     kept = reports.destinations(report or ())
-    asked = reports.Asked(source, not no_values, load or generate, generate, strict, vllm, tp=tp, ep=ep)
+    asked = reports.Asked(source, not no_values, load or generate, generate, strict, vllm, tp=tp, ep=ep, scope=scope)
     console = Console()
 
     def tell(outcome: reports.Outcome) -> None:
@@ -137,67 +137,13 @@ def validate(
             path.write_text(reports.written(kind, outcome), encoding="ascii")
 
     try:
-        asked = replace(asked, server=_rules(asked, vllm_python))
-        outcome = _validated(checkpoint, asked, vllm_python, console)
+        asked = replace(asked, server=judge.rules(asked, vllm_python))
+        outcome = judge.judge(checkpoint, asked, vllm_python, console)
     except Exception as problem:
         tell(reports.refused(checkpoint, asked, problem))
         raise
     tell(outcome)
     raise typer.Exit(outcome.exit_code)
-
-
-def _rules(asked: Asked, python: Path) -> Server:
-    """Of the version that was named; otherwise, of the one that is to load it where its rules are known."""
-    from ckptq.validators import servers, vllm_load
-
-    if asked.vllm is not None:
-        return servers.find_server(asked.vllm)
-    return servers.SERVERS.get(servers.minor(vllm_load.version(python)), servers.DEFAULT) if asked.load else servers.DEFAULT
-
-
-def _validated(checkpoint: str, asked: Asked, python: Path, console: Console) -> Outcome:
-    import time
-    from dataclasses import asdict
-
-    from ckptq import hub
-    from ckptq.errors import UnsupportedError
-    from ckptq.reports import Outcome, groups
-    from ckptq.validate import Checked, Validation, examine
-    from ckptq.validators import vllm_findings, vllm_load
-    from ckptq.validators.grouping import group
-
-    if asked.load:
-        vllm_load.find_program(python)  # before the minutes that all else may take
-    opened = hub.fetch(checkpoint, weights=asked.values or asked.load or asked.source is not None)
-    origin = hub.fetch(asked.source, weights=True).root if asked.source else None
-    try:
-        found = examine(
-            opened.root,
-            source=origin,
-            values=asked.values,
-            progress=console,
-            header=opened.header,
-            server=asked.server,
-            tp=asked.tp,
-            ep=asked.ep,
-        )
-    except UnsupportedError as unknown:
-        if not asked.load:
-            raise
-        alone = vllm_findings.alone(opened.root.name, str(unknown))
-        found = Validation((alone,), (), dict.fromkeys(groups(), "no rules for this checkpoint"), None)
-    skipped = {what: why for what, why in found.skipped.items() if what != "server"}
-    if not asked.load:
-        skipped["server"] = "needs --load"
-        return Outcome(checkpoint, asked, found.findings, found.checked, skipped, opened.label, None, found.built)
-    start = time.monotonic()
-    with console.stage("server", 1) as advance:
-        served = vllm_load.load(opened.root, python, generate=asked.generate)
-        advance(1)
-    checked = (*found.checked, Checked("server", 1, "steps", time.monotonic() - start))
-    findings = (*found.findings, *served.findings, *vllm_findings.other_version(served.version, asked.server))
-    facts = {key: value for key, value in asdict(served).items() if key != "findings"}
-    return Outcome(checkpoint, asked, tuple(group(findings)), checked, skipped, opened.label, facts, found.built)
 
 
 @app.command()
@@ -206,7 +152,7 @@ def inspect(
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="Count for this recipe alone.")] = None,
     format: FormatOption = "human",
 ) -> None:
-    """Show a checkpoint's parts, its scope, and what recipes would touch."""
+    """Show a checkpoint's parts, its scope or a proposal for one, and what recipes would touch."""
     from ckptq import hub, render
     from ckptq.checkpoint import read_inventory
     from ckptq.console import Console
@@ -269,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Waiting OpenMP threads spin by default and slow each other down where cores are few; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which would spin too; nothing here multiplies matrices with it
+    atexit.register(gc.freeze)  # nothing left is garbage: looking through it all once more took a quarter of a second
     gc.set_threshold(50_000, 20, 100)  # imports make a million objects and no garbage: looking for some took a tenth of their time
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: _interrupt(arguments))

@@ -20,7 +20,9 @@ from ckptq.planner import build_plan
 from ckptq.produce import listed, produce
 from ckptq.recipe import Recipe
 from ckptq.reuse import Reused
-from ckptq.scopes import Scope, find_scope
+from ckptq.scopes import Scope
+from ckptq.spelled import choose_scope
+from ckptq.unstack import unstack
 from ckptq.validators import Finding
 
 LAST = (RECORD, INDEX, "hf_quant_config.json", "config.json")
@@ -48,7 +50,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a finished run did. Sizes are in bytes, times in seconds."""
+    """What a finished run did. Sizes are in bytes, times in seconds. `carried`: see Plan."""
 
     output: Path
     format: str
@@ -59,6 +61,7 @@ class Report:
     peak_gpu: int
     tensors: dict[str, int]
     findings: tuple[Finding, ...]
+    carried: tuple[str, ...] = ()
 
 
 def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
@@ -72,7 +75,8 @@ def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
     inventory = read_inventory(source.root, source.header)
     if recipe.from_fp8:
         inventory = quantized.dense(inventory)
-    scope = find_scope(inventory.main.config)
+    scope = choose_scope(inventory.main.config, recipe.scope)
+    inventory = unstack(inventory, scope)
     plan = build_plan(recipe, inventory.main, scope, find_exporter(recipe.export.format))
     reused = reuse.read_amax(amax) if amax is not None else None
     if reused is not None:
@@ -105,7 +109,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     journal.refuse_existing(resume=resume)
     cost.check_space(output, job.plan.nbytes - journal.written_bytes())
     device = resolve_device(device)
-    waiting = _waiting_budget(job.cost, memory, device) if job.calibrates else 0
+    job, waiting = _fit(job, memory, device) if job.calibrates else (job, 0)
     if job.recipe.model is not None and job.source.label is not None:  # all that is cheap to check has been checked
         job = dataclasses.replace(job, source=hub.fetch(job.recipe.model, weights=True))
     record = job_record(job, samples, device)
@@ -123,17 +127,20 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     else:
         findings = None
     if findings is None:  # an earlier run had checked and begun to publish
-        findings = validate.examine(output, progress=console).findings
+        findings = validate.examine(output, progress=console, scope=job.scope).findings
     return _report(job, output, findings, console)
 
 
-def _waiting_budget(needs: Cost, memory: int | None, device: str) -> int:
-    """What waiting samples may hold on the device that calibrates."""
+def _fit(job: Prepared, memory: int | None, device: str) -> tuple[Prepared, int]:
+    """(the job with a cost that fits, what waiting samples may hold) on the device that calibrates."""
     if device == "cpu":
-        return cost.waiting_budget(needs, memory, cost.available_memory())
-    import torch
+        free, imports = cost.available_memory(), cost.IMPORTS
+    else:
+        import torch
 
-    return cost.waiting_budget(needs, memory, torch.cuda.mem_get_info(device)[0], imports=cost.GPU_WRITER)
+        free, imports = torch.cuda.mem_get_info(device)[0], cost.GPU_WRITER
+    needs = cost.fitting(job.cost, memory, free, imports)
+    return dataclasses.replace(job, cost=needs), cost.waiting_budget(needs, memory, free, imports)
 
 
 def resolve_device(device: str) -> str:
@@ -169,4 +176,5 @@ def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console:
         peak_gpu=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         tensors=dict(sorted(kinds.items())),
         findings=findings,
+        carried=job.plan.carried,
     )

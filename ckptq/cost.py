@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ckptq.checkpoint import Component
 from ckptq.console import size
 from ckptq.errors import OutputError, RecipeError, SourceError
 from ckptq.plan import Plan
 from ckptq.recipe import Recipe
-from ckptq.scopes import Scope
+from ckptq.scopes import Scope, at_path
 
 IMPORTS = 420 * 10**6
 """Resident bytes after importing torch 2.13 (CPU) and transformers 5.17, as benchmarks/memory.py measures them."""
@@ -29,10 +31,11 @@ RATES = (("a 16-core CPU at 0.5 TFLOP/s", 0.5e12), ("a GPU at 200 TFLOP/s", 200e
 class Cost:
     """Bytes, and FLOPs of the language model's layers.
 
-    resident  embeddings and towers, needed while samples enter        layer   the largest decoder layer
+    resident  embeddings and towers, needed while samples enter        layer   the largest decoder layer, all its experts included
     sample    what one sample of full length holds while it waits      samples how many there are at most
     passing   what a layer's intermediate values of such a sample take while it passes
     flops     without those of the towers
+    ahead     decoder layers that are read while one computes
     """
 
     resident: int
@@ -42,11 +45,12 @@ class Cost:
     samples: int
     tokens: int
     flops: float
+    ahead: int = 1
 
     @property
     def fixed(self) -> int:
         """Peak memory without waiting samples, once imports are in."""
-        return IMPORTS + BUFFERS + self.passing + max(self.resident, 2 * self.layer)
+        return IMPORTS + BUFFERS + self.passing + max(self.resident, (1 + self.ahead) * self.layer)
 
     @property
     def peak(self) -> int:
@@ -55,20 +59,26 @@ class Cost:
 
     @property
     def least(self) -> int:
-        """Peak memory with one sample waiting at a time."""
-        return min(self.fixed + self.sample, self.peak)
+        """Peak memory with one sample waiting at a time, and one decoder layer."""
+        return min(replace(self, ahead=0).fixed + self.sample, self.peak)
 
 
 def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, calibrates: bool) -> Cost:
     """The cost of a plan, taking every sample as long as the recipe allows. Raises SourceError for a config without sizes."""
     layers = [0] * plan.layer_count
-    resident = parameters = 0
+    resident = parameters = routed = 0
+    experts = scope.experts.runtime + "." if scope.experts else None
     for name, tensor in component.tensors.items():
         at = scope.layer_of(name)
+        if scope.skips(name):
+            continue
         if at is not None:
             layers[at[0]] += tensor.spec.nbytes
-            parameters += tensor.spec.numel
-        elif not scope.canonical(name).startswith("lm_head."):
+            if experts is not None and at[1].startswith(experts):
+                routed += tensor.spec.numel
+            else:
+                parameters += tensor.spec.numel
+        elif not scope.canonical(name).startswith(f"{scope.head}."):
             resident += tensor.spec.nbytes
     text = scope.text(component.config)
     try:
@@ -77,17 +87,41 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, 
         head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"config.json: hidden_size, intermediate_size and num_attention_heads are needed: {error!r}") from error
+    count, chosen = _routing(text, scope, component)
+    if count:  # of the experts of a layer, those that a token passes
+        parameters += routed * (chosen + count * recipe.calibration.all_experts) // count
     samples = recipe.calibration.samples if calibrates else 0
     attention = 4 * plan.layer_count * hidden * length / 2
     return Cost(
         resident=resident,
         layer=max(layers),
-        sample=length * (4 * hidden + 4 * head_dim),
-        passing=length * (3 * 2 * intermediate + 4 * 4 * hidden),  # gate, up and their product in BF16; norms in F32
+        sample=length * (4 * hidden + 4 * head_dim + 2 * hidden * _features(component, scope)),
+        # gate, up and their product in BF16; norms in F32; which expert each token takes, as transformers' experts note it
+        passing=length * (3 * 2 * intermediate + 4 * 4 * hidden + 2 * 8 * count * chosen),
         samples=samples,
         tokens=samples * length,
         flops=samples * length * (2 * parameters + attention),
     )
+
+
+def _routing(text: Mapping[str, Any], scope: Scope, component: Component) -> tuple[int, int]:
+    """(experts of a layer, those that a token passes); (0, 0) where there are none."""
+    count = max(scope.expert_count(component.config, layer) for layer in range(scope.layer_count(component.config)))
+    chosen = text.get("num_experts_per_tok")
+    return (count, min(chosen, count) if type(chosen) is int and chosen > 0 else count) if count else (0, 0)
+
+
+def _features(component: Component, scope: Scope) -> int:
+    """How many more vectors wait for a token: Qwen3-VL's deepstack adds features between layers, and keeps what it adds them to."""
+    found = (at_path(component.config, path) for tower in scope.towers for path in tower.lists.values())
+    features = sum(len(blocks) for blocks in found if isinstance(blocks, list))
+    return features + 1 if features else 0
+
+
+def fitting(cost: Cost, limit: int | None, free: int, imports: int = IMPORTS) -> Cost:
+    """The same, but without a layer that is read ahead where that leaves no room for one sample. Parameters: see waiting_budget."""
+    room = int(0.8 * free) + imports if limit is None else limit
+    return cost if cost.fixed - IMPORTS + imports + cost.sample <= room else replace(cost, ahead=0)
 
 
 def waiting_budget(cost: Cost, limit: int | None, free: int, imports: int = IMPORTS) -> int:
@@ -102,7 +136,7 @@ def waiting_budget(cost: Cost, limit: int | None, free: int, imports: int = IMPO
         return max(int(0.8 * free) - (fixed - imports), cost.sample)
     if limit < fixed + cost.sample:
         raise RecipeError(
-            f"--memory {size(limit)}: too little: embeddings, two decoder layers and one sample take {size(fixed + cost.sample)}",
+            f"--memory {size(limit)}: too little: embeddings, a decoder layer and one sample take {size(fixed + cost.sample)}",
             hint=f"give --memory {-(-(fixed + cost.sample) // 10**6)}MB or more, or lower calibration.sequence_length",
         )
     return limit - fixed

@@ -112,9 +112,9 @@ def copy(source: SourceTensor, output: str, reader: Reader, file: TensorFile, pa
         total.update(data)
         if dtype is not None:
             refuse_odd(source.spec.name, source.file, fp8.amax(torch.frombuffer(data, dtype=dtype)))
-        if source.codes is not None:  # no file holds these bytes
+        if not source.as_stored:  # no file holds these bytes
             file.write(output, at, data)
-    if source.codes is None:
+    if source.as_stored:
         fd, offset = reader.place(source)
         file.copy(output, part.start, fd, offset + part.start, len(part))
     return total.digest()

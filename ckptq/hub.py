@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptq.checkpoint import INDEX, SINGLE, WEIGHT_COPIES, Header, read_header, read_index
+from ckptq.checkpoint import INDEX, SINGLE, SPEAKERS, WEIGHT_COPIES, Header, read_header, read_index
 from ckptq.errors import CkptqError, OutputError, SourceError
 from ckptq.safetensors_header import header_length, parse_header
 
@@ -75,7 +75,7 @@ def _fetch(repo: str, revision: str | None, weights: bool) -> Source:
     if not weights:
         return Source(root, label, _header_reader(root, _remote_headers(repo, root.name, absent)))
     if absent:
-        _snapshot(repo, root.name, allow=[glob.escape(file) for file in absent])
+        _snapshot(repo, root.name, allow=[*(glob.escape(file) for file in absent), SPEAKERS])
     for file in absent:
         if not (root / file).is_file():
             raise _no_weights(label, file)

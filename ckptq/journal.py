@@ -192,12 +192,14 @@ class Progress:
     """Where calibration stands: samples before `first` are done; those of this wave wait before `layer`.
 
     hidden   [1, T, H] for each waiting sample, in order; empty at the start of a wave
+    tokens   how many tokens reached each routed expert, by the module around them
     """
 
     first: int = 0
     layer: int = 0
     amax: Mapping[str, float] = field(default_factory=dict)
     hidden: list[torch.Tensor] = field(default_factory=list)
+    tokens: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class ProgressFile:
@@ -220,7 +222,8 @@ class ProgressFile:
         for spec in specs:
             offsets[spec.name] = at
             at += spec.nbytes
-        metadata = {"first": str(state.first), "layer": str(state.layer), "amax": json.dumps(dict(state.amax))}
+        tables = {"amax": json.dumps(dict(state.amax)), "tokens": json.dumps(dict(state.tokens))}
+        metadata = {"first": str(state.first), "layer": str(state.layer), **tables}
         with TensorFile(self._path, specs, offsets, metadata) as file:
             for spec, tensor in zip(specs, state.hidden, strict=True):
                 file.write(spec.name, 0, raw(tensor.cpu().contiguous()))
@@ -236,4 +239,4 @@ class ProgressFile:
         with safe_open(self._path, framework="pt") as file:
             meta = file.metadata()
             hidden = [file.get_tensor(name) for name in sorted(file.keys())]
-        return Progress(int(meta["first"]), int(meta["layer"]), json.loads(meta["amax"]), hidden)
+        return Progress(int(meta["first"]), int(meta["layer"]), json.loads(meta["amax"]), hidden, json.loads(meta["tokens"]))

@@ -18,6 +18,9 @@ _WORDS: Mapping[str, str] = MappingProxyType(
     {
         "model_type": "a section with keys of its own",
         "model_attributes_type": "a section with keys of its own",
+        "dataclass_type": "a section with keys of its own",
+        "tuple_type": "a list",
+        "mapping_type": "a mapping of names",
         "invalid_key": "a word for a key",
         "too_short": "at least {min_length} item",
         "greater_than_equal": "at least {ge}",
@@ -38,7 +41,7 @@ def describe(error: Mapping[str, Any], places: Mapping[KeyPath, str], sections: 
         location, found = ("calibration", "source"), error.get("ctx", {}).get("tag")
     place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), None)
     where = f"{dotted(location)} ({place})" if place else dotted(location)
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         section = tuple(part for part in error["loc"][:-1] if isinstance(part, str))
         return f"{where}: unknown key{_belongs(location, sections) or close(str(location[-1]), sections[section])}"
     if kind == "missing":

@@ -1,15 +1,17 @@
 """Notes the largest magnitude of what passes chosen places of a transformers model, and of its weights, and changes no value.
 
-Inputs are seen by hooks on the linears. K and V are seen where the attention module hands them to the attention function, after
-RoPE and before any repetition of KV heads, which is where ModelOpt 0.47.0 has its quantizers (torch/quantization/plugins/
-huggingface.py). Both give ModelOpt's amaxes bit for bit (tests/test_parity.py), without its wrappers around every module.
+Inputs are seen by hooks on the linears, those of routed experts as observe_experts.py says. K and V are seen where the attention
+module hands them to the attention function, after RoPE and before any repetition of KV heads, which is where ModelOpt 0.47.0 has
+its quantizers (torch/quantization/plugins/huggingface.py). All give ModelOpt's amaxes bit for bit (tests/test_parity.py,
+tests/test_families.py), without its wrappers around every module.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ import torch
 from ckptq.checkpoint import SourceTensor
 from ckptq.encode import refuse_odd
 from ckptq.errors import DataError, UnsupportedError
-from ckptq.plan import Observer
+from ckptq.observe_experts import watching
+from ckptq.plan import Observer, module_of
 from ckptq.streamed import StreamedModel
 
 
@@ -27,11 +30,25 @@ class Seen:
     def __init__(self) -> None:
         self.sample = 0
         self._values: dict[Observer, list[tuple[int, torch.Tensor]]] = {}
+        self._tokens: dict[str, torch.Tensor] = {}
         self._weights: list[tuple[SourceTensor, torch.Tensor]] = []
 
     def note(self, observer: Observer, values: torch.Tensor) -> None:
         """Keeps the largest magnitude of `values` (any shape), on its device: fetching it would make a GPU wait."""
-        self._values.setdefault(observer, []).append((self.sample, _largest(values)))
+        noted, amax = self._values.setdefault(observer, []), _largest(values)
+        if noted and noted[-1][0] == self.sample:  # one expert after another
+            amax = torch.maximum(noted.pop()[1], amax)
+        noted.append((self.sample, amax))
+
+    def count(self, experts: str, tokens: torch.Tensor) -> None:
+        """Adds to the number of tokens that reached each of these experts, int64 [E]."""
+        self._tokens[experts] = self._tokens[experts] + tokens if experts in self._tokens else tokens
+
+    def take_tokens(self) -> dict[str, list[int]]:
+        """{module around the experts: tokens of each} since the last time."""
+        found = {name: tokens.tolist() for name, tokens in self._tokens.items()}
+        self._tokens.clear()
+        return found
 
     def note_weight(self, source: SourceTensor, values: torch.Tensor) -> None:
         """The same of a tensor of the checkpoint, in the dtype that is stored."""
@@ -69,23 +86,42 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def observing(streamed: StreamedModel, observers: Sequence[Observer]) -> Iterator[Seen]:
-    """While in this context, every forward of the model is observed. Raises UnsupportedError where K and V can't be reached."""
+def observing(streamed: StreamedModel, observers: Sequence[Observer], *, all_experts: bool = False) -> Iterator[Seen]:
+    """While in this context, every forward of the model is observed. `all_experts`: every routed expert gets every token, too.
+
+    Raises UnsupportedError where K and V can't be reached.
+    """
     seen = Seen()
-    hooks = [_watch_input(streamed, o, seen) for o in observers if o.kind == "input"]
-    try:
-        with _watching_attention(streamed, [o for o in observers if o.kind in ("k", "v")], seen):
-            yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    inputs = [o for o in observers if o.kind == "input"]
+    experts: dict[Any, dict[str, Observer]] = {}
+    with ExitStack() as watches:
+        for observer in inputs:
+            parameter = streamed.parameter(observer.module)
+            if parameter == "weight":
+                hook = streamed.module(observer.module).register_forward_pre_hook(partial(_note_input, seen, observer))
+                watches.callback(hook.remove)
+            else:
+                experts.setdefault(streamed.module(observer.module), {})[parameter] = observer
+        for module, places in experts.items():
+            watches.enter_context(_watching_experts(module, places, seen, all_experts))
+        watches.enter_context(_watching_attention(streamed, [o for o in observers if o.kind in ("k", "v")], seen))
+        yield seen
 
 
-def _watch_input(streamed: StreamedModel, observer: Observer, seen: Seen) -> Any:
-    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.note(observer, args[0])
+def _note_input(seen: Seen, observer: Observer, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    seen.note(observer, args[0])
 
-    return streamed.module(observer.module).register_forward_pre_hook(hook)
+
+def _watching_experts(module: Any, places: Mapping[str, Observer], seen: Seen, all_experts: bool) -> AbstractContextManager[None]:
+    around = module_of(module_of(next(iter(places.values())).module))
+    names = {parameter: observer.module for parameter, observer in places.items()}
+    return watching(
+        module,
+        names,
+        lambda parameter, values: seen.note(places[parameter], values),
+        lambda tokens: seen.count(around, tokens),
+        all_experts=all_experts,
+    )
 
 
 @contextmanager

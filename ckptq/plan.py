@@ -16,7 +16,11 @@ from ckptq.schemes import Scheme
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """A place whose largest magnitude is measured. `module` is a source name; one observer serves a whole fused group's input."""
+    """A place whose largest magnitude is measured. `module` is a source name.
+
+    One observer serves a whole fused group's input, and one the same linear of all routed experts of a layer: the server takes the
+    largest of theirs (vLLM 0.32.0 quantization/utils/fp8_utils.py process_fp8_input_tensor_strategy_moe).
+    """
 
     module: str
     kind: Literal["weight", "input", "k", "v"]
@@ -75,6 +79,10 @@ class Encode:
 Op = Copy | Encode | Scale
 
 
+CARRIED = "carried over as it is"
+"""The reason of a Decision on what is no part of the model: see Plan.carried."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What becomes of a module, and by which line of the recipe. `rule` is "" where no line speaks of it."""
@@ -97,7 +105,10 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is written. `files` are the generated ones, whole; `config_changes` says what config.json gains."""
+    """All that is written. `files` are the generated ones, whole; `config_changes` says what config.json gains.
+
+    `carried`: tensors that are no part of the model as the scope knows it, and are copied as they are.
+    """
 
     digest: str
     shards: tuple[ShardSpec, ...]
@@ -108,6 +119,7 @@ class Plan:
     sidecars: tuple[str, ...]
     left_out: tuple[str, ...]
     layer_count: int
+    carried: tuple[str, ...] = ()
 
     @property
     def ops(self) -> Iterator[Op]:
@@ -129,11 +141,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedGroup:
-    """A fused group with its scheme: the source modules whose weights share a scale, in the server's order."""
+    """A fused group with its scheme: the source modules whose weights share a scale, in the server's order.
+
+    observed  the module whose input is measured for all of them; "" for the first. Routed experts of a layer share one
+    routed    whether it is a routed expert's
+    """
 
     layer: int
     modules: tuple[str, ...]
     scheme: Scheme
+    observed: str = ""
+    routed: bool = False
 
     @property
     def weight_amax(self) -> tuple[Observer, ...]:
@@ -142,7 +160,7 @@ class QuantizedGroup:
     @property
     def input_amax(self) -> tuple[Observer, ...]:
         """One observer: all shards of a group read the same input, so the first one's stands for all."""
-        return (Observer(self.modules[0], "input", self.layer),)
+        return (Observer(self.observed or self.modules[0], "input", self.layer),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +169,14 @@ class Layout:
 
     groups        who is quantized
     kept_parts    roots that stay: towers, output head, embeddings
-    kept_linears  linears of the language model's layers that stay
+    kept_linears  linears of the language model's layers that stay, routers among them
     kept_outside  linears outside the layers, one by one: of the towers, and the output head
     kv_cache      what the KV cache is, None for the model's dtype
+    stage         which of several models in the checkpoint this is about (`thinker`), "" where it is one model alone. A server of
+                  all of them has names of its own, longer ones, so that what speaks of single linears must not begin with it
+    kept_fused    then, of the linears in kept_linears, the names as servers fuse them
+    listed        whether what is quantized must be listed, because no list of what stays reaches all that does
+    kept_experts  layers' routed experts that stay, by the name of the module around them
     """
 
     groups: tuple[QuantizedGroup, ...]
@@ -161,14 +184,18 @@ class Layout:
     kept_linears: tuple[str, ...]
     kept_outside: tuple[str, ...]
     kv_cache: str | None
+    stage: str = ""
+    kept_fused: tuple[str, ...] = ()
+    listed: bool = False
+    kept_experts: tuple[str, ...] = ()
 
     @property
     def schemes(self) -> dict[str, tuple[str, ...]]:
         """{scheme: its modules}, in the order of the layers."""
-        found: dict[str, tuple[str, ...]] = {}
+        found: dict[str, list[str]] = {}
         for group in self.groups:
-            found[group.scheme.name] = (*found.get(group.scheme.name, ()), *group.modules)
-        return found
+            found.setdefault(group.scheme.name, []).extend(group.modules)
+        return {name: tuple(modules) for name, modules in found.items()}
 
 
 class Exporter(Protocol):

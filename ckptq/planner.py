@@ -9,41 +9,45 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from ckptq import quantized
 from ckptq.checkpoint import INDEX, Component, SourceTensor
 from ckptq.config_text import insert_section, remove_section
-from ckptq.errors import RecipeError, SourceError, UnsupportedError
+from ckptq.errors import RecipeError
+from ckptq.linears import FusedLinear, LanguageModel, find_linears
 from ckptq.mistakes import close
-from ckptq.plan import Copy, Decision, Exporter, Layout, Observer, Op, Plan, QuantizedGroup, Scale, module_of
+from ckptq.plan import CARRIED, Copy, Decision, Exporter, Layout, Observer, Op, Plan, QuantizedGroup, Scale, module_of
 from ckptq.recipe import Recipe
 from ckptq.schemes import SCHEMES
 from ckptq.scopes import Scope
 from ckptq.shards import fill_files, index_text
+from ckptq.validators.vllm_rules import parameters
 
 
 def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exporter) -> Plan:
     """The plan for one component.
 
     Raises RecipeError for patterns that match nothing or split a fused group, SourceError for tensors that the config calls
-    for and the files lack, UnsupportedError for a source that is quantized already, or has routed experts.
+    for and the files lack, UnsupportedError for a source that is quantized already.
     """
-    if scope.experts is not None:
-        raise UnsupportedError(
-            f"scope {scope.name}: routed experts can't be converted yet", hint="`ckptq validate` knows such checkpoints"
-        )
     layers = scope.layer_count(component.config)
-    linears = language_linears(component, scope)
-    decisions = decide(recipe, component, scope)
+    model = find_linears(component, scope)
+    linears = model.linears
+    unknown = carried(component, scope)
+    decisions = decide(recipe, component, scope, model)
     action = {d.module: d.action for d in decisions}
-    groups = tuple(_groups(scope, linears, action, decisions))
+    groups = tuple(_groups(model, action, decisions))
     if not groups:
         raise RecipeError("the recipe quantizes nothing: every linear that a rule matches is also in keep")
     layout = Layout(
         groups,
         _kept_parts(component, scope),
-        tuple(m for m in linears if action[m] == "keep"),
-        tuple(d.module for d in decisions if d.module not in linears and _is_other_linear(d.module, scope)),
+        (*(m for f in model.fused if not f.routed for m in f.modules if action[m] == "keep"), *model.routers),
+        tuple(d.module for d in decisions if d.module not in linears and _is_other_linear(d.module, scope))
+        + tuple(module_of(n) for n in unknown if n.endswith(".weight") and len(component.tensors[n].spec.shape) == 2),
         recipe.kv_cache,
+        scope.stage,
+        tuple(_kept_fused(scope, model, action)) if scope.stage else (),
+        "" in scope.server_kept,
+        tuple(_kept_experts(scope, model, action)),
     )
     _refuse_schemes(layout, recipe.export.format, exporter)
     _refuse_sizes(groups, component)
@@ -68,6 +72,7 @@ def build_plan(recipe: Recipe, component: Component, scope: Scope, exporter: Exp
         sidecars=tuple(s for s in component.sidecars if s not in files),
         left_out=component.left_out,
         layer_count=layers,
+        carried=unknown,
     )
     # Two plans of one digest write the same bytes, given the same amaxes: every field is frozen and shows in its repr.
     # What is left out does not count: a Hub cache may hold further copies of the weights or not.
@@ -80,51 +85,24 @@ def matches(pattern: str, module: str, scope: Scope) -> bool:
     return any(fnmatch.fnmatchcase(s, pattern) or s.startswith(pattern + ".") for s in scope.spellings(module))
 
 
-def language_linears(component: Component, scope: Scope) -> dict[str, int]:
-    """{source module: layer} of every quantizable linear.
-
-    Raises SourceError where one is missing, or no matrix in BF16, F16 or F32; UnsupportedError for a source that is quantized
-    already.
-    """
-    quantized.refuse(component)
-    layers = scope.layer_count(component.config)
-    found: dict[tuple[int, str], str] = {}
-    for name in component.tensors:
-        at = scope.layer_of(name)
-        if at is None:
-            continue
-        if at[0] >= layers:
-            raise SourceError(f"{name}: stored, but config.json has num_hidden_layers {layers}")
-        if at[1].endswith(".weight"):
-            found[at[0], module_of(at[1])] = module_of(name)
-    linears: dict[str, int] = {}
-    for layer in range(layers):
-        for fused in scope.linears:
-            for shard in fused.shards:
-                module = found.get((layer, shard))
-                if module is None:
-                    raise SourceError(
-                        f"{scope.layers}.{layer}.{shard}.weight: missing; config.json calls for {layers} layers",
-                        hint="fetch the checkpoint again",
-                    )
-                spec = component.tensors[f"{module}.weight"].spec
-                if len(spec.shape) != 2 or not spec.numel or spec.dtype not in ("BF16", "F16", "F32"):
-                    raise SourceError(f"{spec.name}: expected a matrix in BF16, F16 or F32, found {spec.dtype} {list(spec.shape)}")
-                linears[module] = layer
-    return linears
+def carried(component: Component, scope: Scope) -> tuple[str, ...]:
+    """The stored tensors that the scope does not know, or that the server passes over: MTP heads, layers after the last."""
+    known = {p.name for p in parameters(scope, component.config, component.tensors)}
+    return tuple(name for name in component.tensors if name not in known or scope.skips(name))
 
 
-def decide(recipe: Recipe, component: Component, scope: Scope) -> tuple[Decision, ...]:
+def decide(recipe: Recipe, component: Component, scope: Scope, model: LanguageModel) -> tuple[Decision, ...]:
     """What becomes of every module. Raises RecipeError for a pattern that matches nothing or reaches outside the scope."""
-    linears = language_linears(component, scope)
+    linears = model.linears
     modules = dict.fromkeys(module_of(n) for n in component.tensors if n.endswith(".weight"))
     canonical = {scope.canonical(m) for m in modules}
     modules |= dict.fromkeys(k for k in scope.kept if k not in canonical)  # a tied lm_head has no tensor of its own
     _refuse_idle_patterns(recipe, scope, modules, linears)
-    return tuple(_decision(module, recipe, scope, linears) for module in modules)
+    return tuple(_decision(module, recipe, scope, linears, model.routers) for module in modules)
 
 
-def _decision(module: str, recipe: Recipe, scope: Scope, linears: Mapping[str, int]) -> Decision:
+def _decision(module: str, recipe: Recipe, scope: Scope, linears: Mapping[str, int], routers: Mapping[str, int]) -> Decision:
+    stays = "a router stays" if module in routers else CARRIED if scope.skips(f"{module}.") else "not a linear"
     for pattern in recipe.keep:
         if matches(pattern, module, scope):
             return Decision(module, "keep", f"keep: {pattern}", "kept by the recipe")
@@ -138,19 +116,23 @@ def _decision(module: str, recipe: Recipe, scope: Scope, linears: Mapping[str, i
                 raise RecipeError(
                     f"quantize pattern {pattern!r} matches {module}, which is outside the language model's layers; "
                     f"the scope {scope.name} quantizes those only",
-                    hint=f"add {scope.canonical(module).split('.')[0]!r} to keep, or narrow the pattern to {scope.layers + '.*'!r}",
+                    hint=f"add {_part_of(module, scope)!r} to keep, or narrow the pattern to {scope.layers + '.*'!r}",
                 )
-            return Decision(module, "keep", f"quantize: {pattern}", "not a linear")
-    return Decision(
-        module, "keep", "", "no rule matches" if module in linears or _is_other_linear(module, scope) else "not a linear"
-    )
+            return Decision(module, "keep", f"quantize: {pattern}", stays)
+    return Decision(module, "keep", "", "no rule matches" if module in linears or _is_other_linear(module, scope) else stays)
+
+
+def _part_of(module: str, scope: Scope) -> str:
+    """The tower that a module is in, or the module itself: the output head."""
+    name = scope.canonical(module)
+    return next((tower.prefix for tower in scope.towers if name.startswith(tower.prefix + ".")), name)
 
 
 def _is_other_linear(module: str, scope: Scope) -> bool:
     """Whether the module is a linear of a tower, or an output head: something a user could mean to quantize."""
     name = scope.canonical(module)
     towers = ((tower.prefix, shard) for tower in scope.towers for fused in tower.linears for shard in fused.shards)
-    return name == "lm_head" or any(fnmatch.fnmatchcase(name, f"{p}.{s.replace('{i}', '*')}") for p, s in towers)
+    return name == scope.head or any(fnmatch.fnmatchcase(name, f"{p}.{s.replace('{i}', '*')}") for p, s in towers)
 
 
 def _refuse_idle_patterns(recipe: Recipe, scope: Scope, modules: Iterable[str], linears: Mapping[str, int]) -> None:
@@ -178,22 +160,26 @@ def _close_module(pattern: str, modules: Sequence[str], scope: Scope) -> str:
     return close(pattern.strip("*."), prefixes, near_only=True)
 
 
-def _groups(
-    scope: Scope, linears: Mapping[str, int], action: Mapping[str, str], decisions: Sequence[Decision]
-) -> Iterator[QuantizedGroup]:
-    by_place = {(layer, scope.layer_of(module + ".")[1][:-1]): module for module, layer in linears.items()}  # type: ignore[index]
+def _groups(model: LanguageModel, action: Mapping[str, str], decisions: Sequence[Decision]) -> Iterator[QuantizedGroup]:
     rule_of = {d.module: d.rule or "no rule" for d in decisions}
-    for layer in sorted(set(linears.values())):
-        for fused in scope.linears:
-            shards = tuple(by_place[layer, shard] for shard in fused.shards)
-            if len({action[m] for m in shards}) > 1:
-                told = "; ".join(f"{m}: {action[m]} ({rule_of[m]})" for m in shards)
-                raise RecipeError(
-                    f"the server fuses {', '.join(shards)} into {fused.runtime}: they must get one scheme; the recipe says {told}",
-                    hint="give all of them to one rule, or keep all of them",
-                )
-            if action[shards[0]] != "keep":
-                yield QuantizedGroup(layer, shards, SCHEMES[action[shards[0]]])
+    built: dict[tuple[int, str], str] = {}  # where the server builds one module of what follows: its first shard
+    for fused in model.fused:
+        first = built.setdefault((fused.layer, fused.runtime), fused.modules[0])
+        if any(action[m] != action[first] for m in fused.modules):
+            raise _split(fused, first, action, rule_of)
+        if action[first] != "keep":
+            yield QuantizedGroup(fused.layer, fused.modules, SCHEMES[action[first]], fused.observed, fused.routed)
+
+
+def _split(fused: FusedLinear, first: str, action: Mapping[str, str], rule_of: Mapping[str, str]) -> RecipeError:
+    """What a rule splits: the shards of a linear, or the experts of a layer."""
+    modules = dict.fromkeys((first, *fused.modules))
+    told = "; ".join(f"{m}: {action[m]} ({rule_of[m]})" for m in modules)
+    what = "fuses all routed experts of a layer" if fused.routed else f"fuses {', '.join(modules)}"
+    return RecipeError(
+        f"the server {what} into {fused.runtime}: they must get one scheme; the recipe says {told}",
+        hint="give all of them to one rule, or keep all of them",
+    )
 
 
 def _refuse_schemes(layout: Layout, name: str, exporter: Exporter) -> None:
@@ -233,12 +219,34 @@ def _kept_parts(component: Component, scope: Scope) -> tuple[str, ...]:
         if name is not None:
             rest = len(scope.canonical(name)) - len(tower.prefix)
             roots.append(name[: len(name) - rest])
+    roots += (skipped.rstrip(".") for skipped in scope.skipped if any(n.startswith(skipped) for n in component.tensors))
     spelled_kept = {scope.canonical(module_of(n)): module_of(n) for n in component.tensors}
     return tuple(spelled_kept.get(root, root) for root in roots)
 
 
+def _kept_fused(scope: Scope, model: LanguageModel, action: Mapping[str, str]) -> Iterator[str]:
+    """The linears of the layers that stay as the server fuses them, after the layers' canonical name."""
+    yield from dict.fromkeys(f"{scope.layers}.{f.layer}.{f.runtime}" for f in model.fused if action[f.modules[0]] == "keep")
+    more = scope.experts.linears if scope.experts else ()
+    yield from (f"{scope.layers}.{layer}.{linear.runtime}" for layer in dict.fromkeys(model.routers.values()) for linear in more)
+
+
+def _kept_experts(scope: Scope, model: LanguageModel, action: Mapping[str, str]) -> Iterator[str]:
+    """Layers' routed experts that stay, each by the name around them."""
+    seen: set[int] = set()
+    for fused in model.fused:
+        if fused.routed and fused.layer not in seen and action[fused.modules[0]] == "keep":
+            seen.add(fused.layer)
+            at = scope.layer_of(f"{fused.observed}.weight")
+            yield f"{fused.observed}.weight".removesuffix(at[1] if at else "") + fused.runtime
+
+
 def _kv_observers(scope: Scope, linears: Mapping[str, int], layers: int) -> dict[str, tuple[Observer, Observer]]:
     """{K module: (K observer, V observer)} for every layer: the server wants all of them or none."""
+    if not all(scope.kv):
+        raise RecipeError(
+            f"kv_cache: the scope {scope.name} names no modules that make K and V", hint="add them as `kv`, or drop kv_cache"
+        )
     by_place = {scope.canonical(module): module for module in linears}
     found = {}
     for layer in range(layers):

@@ -12,9 +12,9 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ckptq import digest, reuse, validate
+from ckptq import digest, reuse, routing, validate
 from ckptq.calibration import Sample
-from ckptq.checkpoint import Reader
+from ckptq.checkpoint import FLOATS, Reader
 from ckptq.console import Advance, Console, size
 from ckptq.errors import DataError
 from ckptq.journal import RECORD, Journal, ProgressFile
@@ -43,13 +43,17 @@ def produce(
                 table = _calibrate(job, samples, journal, reader, device, waiting, console)
             with console.stage("write", job.inventory.main.nbytes, "bytes") as advance:
                 digests = _write(job, journal, reader, table, device, advance)
+    if told := routing.warning(journal.load("experts") or {}, all_experts=job.recipe.calibration.all_experts):
+        console.warn(told)
     if job.reused is not None:
         reuse.refuse_other_weights(job.reused, table)
     _write_files(job, journal, record, table, digests)
     source = job.source.root if job.recipe.validation.passthrough else None
     copied = [op.output.name for op in job.plan.ops if isinstance(op, Copy)]
     values = job.recipe.validation.values
-    found = validate.examine(journal.model, source=source, values=values, staged=True, copied=copied, progress=console)
+    found = validate.examine(
+        journal.model, source=source, values=values, staged=True, copied=copied, progress=console, scope=job.scope
+    )
     if errors := [f for f in found.findings if f.severity == "error"]:
         raise DataError(
             f"the output failed validation and was not published:\n{listed(errors)}",
@@ -190,9 +194,11 @@ def _calibrate(
     component = job.inventory.main
     folder = job.source.root / component.folder
     encoder = Encoder(folder, getattr(settings, "max_pixels", None), settings.sequence_length)
-    streamed = StreamedModel(job.source.root, component, job.scope, reader, torch.device(device))
-    for source in streamed.unused if watch is None else ():  # what is odd must be known before hours of calibration
+    streamed = StreamedModel(job.source.root, component, job.scope, reader, torch.device(device), ahead=job.cost.ahead)
+    unused = [t for t in streamed.unused if t.spec.dtype in FLOATS] if watch is None else ()
+    for source in unused:  # what is odd must be known before hours of calibration
         measure(source, reader, range(source.spec.numel), Bench(torch.device("cpu")))
+    tokens: dict[str, list[int]] = {}
     table = calibrate(
         streamed,
         job.plan.observers,
@@ -202,7 +208,11 @@ def _calibrate(
         ProgressFile(journal.staging / "calibration.safetensors", settings.save_every),
         console,
         watch or (lambda: None),
+        all_experts=settings.all_experts,
+        tokens=tokens,
     )
+    if tokens:
+        journal.save("experts", tokens)
     named = {observer.name: value for observer, value in table.items()}
     journal.save("activations", named)
     return named
@@ -218,7 +228,9 @@ def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table:
     body = {
         "job": record,
         "amax": {o.name: table[o.name] for o in job.plan.observers},
+        **({"experts": routing.recorded(tokens)} if (tokens := journal.load("experts")) else {}),
         "decisions": [asdict(d) for d in job.plan.decisions],
+        "carried": list(job.plan.carried),
         "dequantized": list(job.inventory.main.dequantized),
         "config_changes": list(job.plan.config_changes),
         "digests": {

@@ -9,14 +9,17 @@ import difflib
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ckptq.errors import RecipeError
 from ckptq.mistakes import KeyPath, Sections, close, describe, dotted
+from ckptq.scopes import Experts, Fused, Scope, Tower
+from ckptq.spelled import consistent
 
 _UNITS = {
     "": 1,
@@ -76,6 +79,8 @@ class _Calibration(Section):
     seed: int = 0
     save_every: Annotated[int, Field(ge=0, le=600)] = 60
     """Seconds between saves of the state; 0 saves after each layer. It is saved between layers: a kill costs what came since."""
+    all_experts: bool = False
+    """Whether every routed expert sees every token. Else those that the router chooses see it, as when the model is served."""
 
 
 class CocoCalibration(_Calibration):
@@ -96,14 +101,27 @@ class TextCalibration(_Calibration):
     field: str = "text"
 
 
+class MediaCalibration(_Calibration):
+    """.jsonl files of samples with images, audio, both or neither: ckptq/calibration/media.py says what a line holds."""
+
+    source: Literal["media"]
+    files: Patterns
+    max_pixels: Annotated[int, Field(ge=784)] | None = None
+
+
 class BuiltinCalibration(_Calibration):
     """The small English set that ships with ckptq."""
 
     source: Literal["builtin"]
 
 
-Calibration = Annotated[CocoCalibration | TextCalibration | BuiltinCalibration, Field(discriminator="source")]
-_SOURCES: Mapping[str, type[Section]] = {"coco": CocoCalibration, "text": TextCalibration, "builtin": BuiltinCalibration}
+Calibration = Annotated[CocoCalibration | TextCalibration | MediaCalibration | BuiltinCalibration, Field(discriminator="source")]
+_SOURCES: Mapping[str, type[Section]] = {
+    "coco": CocoCalibration,
+    "text": TextCalibration,
+    "media": MediaCalibration,
+    "builtin": BuiltinCalibration,
+}
 
 
 class Export(Section):
@@ -133,6 +151,12 @@ class Recipe(Section):
     calibration: Calibration = BuiltinCalibration(source="builtin")
     export: Export = Export()
     validation: Validation = Validation()
+    scope: Annotated[Scope | None, AfterValidator(consistent)] = None
+    """Of an architecture that has no file in ckptq/scopes, or in place of that file."""
+
+
+def _keys(section: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(section))
 
 
 SECTIONS: Sections = {
@@ -141,6 +165,12 @@ SECTIONS: Sections = {
     **{("calibration", name): tuple(section.model_fields) for name, section in _SOURCES.items()},
     ("export",): tuple(Export.model_fields),
     ("validation",): tuple(Validation.model_fields),
+    ("scope",): _keys(Scope),
+    ("scope", "linears"): _keys(Fused),
+    ("scope", "towers"): _keys(Tower),
+    ("scope", "towers", "linears"): _keys(Fused),
+    ("scope", "experts"): _keys(Experts),
+    ("scope", "experts", "linears"): _keys(Fused),
 }
 """The keys of each section, by its place."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,17 @@ from ckptq.convert import Prepared, Report
 from ckptq.cost import RATES
 from ckptq.errors import CkptqError, UnsupportedError
 from ckptq.exporters import all_formats, find_exporter
-from ckptq.plan import Decision, module_of
+from ckptq.linears import LanguageModel, find_linears
+from ckptq.plan import CARRIED, Decision, module_of
 from ckptq.planner import decide
 from ckptq.quantized import describe
 from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
-from ckptq.reports import verdict
+from ckptq.reports import safe_text, verdict
 from ckptq.reports.human import show_findings
 from ckptq.schemes import SCHEMES
-from ckptq.scopes import Scope, find_scope
+from ckptq.scopes import Scope
+from ckptq.spelled import choose_scope
+from ckptq.unstack import unstack
 
 
 def plan_data(job: Prepared) -> dict[str, Any]:
@@ -37,6 +41,7 @@ def plan_data(job: Prepared) -> dict[str, Any]:
         "output_bytes": plan.nbytes,
         "decisions": [asdict(d) for d in plan.decisions],
         "shards": [{"file": s.file, "bytes": s.data_bytes, "tensors": len(s.offsets)} for s in plan.shards],
+        "carried": list(plan.carried),
         "config_changes": list(plan.config_changes),
         "files_copied": list(plan.sidecars),
         "files_left_out": list(plan.left_out),
@@ -65,6 +70,7 @@ def show_plan(console: Console, job: Prepared) -> None:
         ),
         ("output", f"{size(plan.nbytes)} in {_files(len(plan.shards))}, format {job.recipe.export.format}"),
         ("config.json", "; ".join(plan.config_changes) + "; otherwise as it is"),
+        *([("carried over", carried(plan.carried))] if plan.carried else []),
         ("files copied", ", ".join(plan.sidecars) or "none"),
         ("left out", ", ".join(plan.left_out) or "nothing"),
         ("peak memory", f"about {size(cost.peak)}" + (f"; {size(cost.least)} at the least, with --memory" * job.calibrates)),
@@ -84,19 +90,46 @@ def show_plan(console: Console, job: Prepared) -> None:
     show_findings(console, job.findings)
 
 
+def carried(names: Sequence[str]) -> str:
+    """`12 tensors as they are, which the scope does not know or the server passes over: model.layers.2.* (11), mtp.weight`."""
+    roots: dict[str, int] = {}
+    for name in names:
+        numbered = re.match(r".*?\.\d+(?=\.)", name)
+        root = f"{numbered[0] if numbered else name.partition('.')[0]}.*"
+        roots[root] = roots.get(root, 0) + 1
+    told = [f"{root} ({count})" for root, count in roots.items()]
+    more = f" and {len(told) - 8} more" if len(told) > 8 else ""
+    tensors = "1 tensor as it is, which" if len(names) == 1 else f"{len(names)} tensors as they are, which"
+    return f"{tensors} the scope does not know or the server passes over: {', '.join(told[:8])}{more}"
+
+
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
 def grouped(decisions: Sequence[Decision]) -> list[tuple[str, str, str, int]]:
-    """(modules, what they become, why, how many): one row for modules that differ in a number alone, `model.layers.{0..27}.x`."""
-    numbers: dict[tuple[str, str, str], list[int]] = {}
+    """(modules, what they become, why, how many): one row for modules that differ in numbers alone, `model.layers.{0..27}.x`.
+
+    And one for all of a part that is carried over whole: `talker.*`.
+    """
+    numbers: dict[tuple[str, str, str], list[list[int]]] = {}
+    own = {d.module.partition(".")[0] for d in decisions if d.reason != CARRIED}
     for d in decisions:
+        if d.reason == CARRIED and (root := d.module.partition(".")[0]) not in own:
+            numbers.setdefault((f"{root}.*", d.action, d.reason), []).append([])
+            continue
         kind, _, pattern = d.rule.partition(": ")
         why = pattern if kind == "keep" or d.action != "keep" else d.reason
-        key = (re.sub(r"\.\d+(?=\.|$)", ".{}", d.module, count=1), d.action, why)
-        numbers.setdefault(key, []).append(int((re.search(r"\.(\d+)(?=\.|$)", d.module) or [0, -1])[1]))
-    return [(name.replace("{}", number_runs(found)), action, why, len(found)) for (name, action, why), found in numbers.items()]
+        key = (re.sub(r"\.\d+(?=\.|$)", ".{}", d.module), d.action, why)
+        numbers.setdefault(key, []).append([int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", d.module)])
+    return [(_numbered(name, found), action, why, len(found)) for (name, action, why), found in numbers.items()]
+
+
+def _numbered(name: str, found: Sequence[Sequence[int]]) -> str:
+    """The name with the numbers that occur at each of its places."""
+    pieces = name.split("{}")
+    runs = (number_runs(sorted({numbers[i] for numbers in found})) for i in range(len(pieces) - 1))
+    return "".join(itertools.chain.from_iterable(itertools.zip_longest(pieces, runs, fillvalue="")))
 
 
 def report_data(report: Report) -> dict[str, Any]:
@@ -113,6 +146,7 @@ def show_report(console: Console, report: Report) -> None:
         ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in report.tensors.items())),
         ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items()) or "-"),
         ("peak memory", size(report.peak_rss) + (f", {size(report.peak_gpu)} on the GPU" if report.peak_gpu else "")),
+        *([("carried over", carried(report.carried))] if report.carried else []),
         ("verdict", verdict(report.findings)),
         ("note", find_exporter(report.format).READERS),
     ]
@@ -133,10 +167,14 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
     An architecture without a scope, or a checkpoint that a recipe does not fit, is shown all the same, with the reason.
     """
     component = inventory.main
+    recipes = {recipe: load_recipe(recipe)} if recipe else {name: parse_recipe(text, name) for name, text in shipped().items()}
+    spelled = recipes[recipe].scope if recipe else None
+    proposal, unproposed = "", ""
     try:
-        scope, reason = find_scope(component.config), ""
+        scope, reason = choose_scope(component.config, spelled), ""
     except UnsupportedError as error:
         scope, reason = None, str(error)
+        proposal, unproposed = _proposal(inventory)
     parts: dict[str, dict[str, Any]] = {}
     for name, tensor in component.tensors.items():
         part = parts.setdefault(_part(scope, name), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": {}})
@@ -144,35 +182,59 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
         part["parameters"] += tensor.spec.numel
         part["bytes"] += tensor.spec.nbytes
         part["dtypes"][tensor.spec.dtype] = part["dtypes"].get(tensor.spec.dtype, 0) + 1
-    recipes = {recipe: load_recipe(recipe)} if recipe else {name: parse_recipe(text, name) for name, text in shipped().items()}
     return {
         "checkpoint": str(inventory.root),
         "architectures": component.config.get("architectures"),
         "scope": scope.name if scope else None,
         "scope_source": scope.source if scope else None,
         "no_scope": reason or None,
+        "proposal": proposal or None,
+        "no_proposal": unproposed or None,
         "quantized": describe(component) or None,
         "layers": scope.layer_count(component.config) if scope else None,
         "parts": parts,
         "files_left_out": list(component.left_out),
-        "recipes": {name: _touched(component, scope, found) for name, found in recipes.items()} if scope else {},
+        "recipes": _touched_by_all(inventory, scope, recipes) if scope else {},
     }
+
+
+def _proposal(inventory: Inventory) -> tuple[str, str]:
+    """(a scope as YAML, "") for an architecture that has none, or ("", why there is no proposal)."""
+    from ckptq.proposals import as_yaml, propose
+
+    if what := describe(inventory.main):
+        return "", f"no scope can be proposed from a quantized checkpoint: {what}"
+    try:
+        return as_yaml(propose(inventory.root / inventory.main.folder, inventory.main)), ""
+    except UnsupportedError as error:
+        return "", str(error)
 
 
 def _part(scope: Scope | None, tensor: str) -> str:
     if scope is None:
         return tensor.partition(".")[0]
     name = scope.canonical(tensor)
+    if skipped := next((s for s in scope.skipped if name.startswith(s)), None):
+        return skipped.rstrip(".")
     if scope.layer_of(tensor):
         return "language model layers"
     tower = next((t.prefix for t in scope.towers if name.startswith(t.prefix + ".")), None)
     return tower or next((k for k in scope.kept if name.startswith(k + ".")), module_of(name))
 
 
-def _touched(component: Component, scope: Scope, recipe: Recipe) -> dict[str, Any]:
+def _touched_by_all(inventory: Inventory, scope: Scope, recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
+    try:
+        component = unstack(inventory, scope).main
+        model = find_linears(component, scope)
+    except CkptqError as error:
+        return {name: {"rules": {}, "error": str(error)} for name in recipes}
+    return {name: _touched(component, scope, recipe, model) for name, recipe in recipes.items()}
+
+
+def _touched(component: Component, scope: Scope, recipe: Recipe, model: LanguageModel) -> dict[str, Any]:
     """{rule: number of modules it decides}, or why the recipe does not fit."""
     try:
-        decisions = decide(recipe, component, scope)
+        decisions = decide(recipe, component, scope, model)
     except CkptqError as error:
         return {"rules": {}, "error": str(error)}
     rules = [f"keep: {p}" for p in recipe.keep] + [f"quantize: {p}" for rule in recipe.quantize for p in rule.modules]
@@ -207,6 +269,10 @@ def show_inspect(console: Console, data: Mapping[str, Any]) -> None:
         console.show(f"{', '.join(names)}: {error}")
     if data["files_left_out"]:
         console.show("left out of an output: " + ", ".join(data["files_left_out"]))
+    if data["no_proposal"]:
+        console.show(data["no_proposal"])
+    if data["proposal"]:  # not by rich, which would wrap it
+        print("\n".join(map(safe_text, data["proposal"].split("\n"))), end="")
 
 
 def schemes_data() -> dict[str, dict[str, Any]]:

@@ -60,13 +60,20 @@ class TensorSpec:
 class SourceTensor:
     """A stored tensor: `offset` is in bytes from the start of `file`, which is relative to the checkpoint's folder.
 
-    codes  how it is stored, where `spec` says what it is once dequantized: then no byte at `offset` is one of `spec`'s
+    codes   how it is stored, where `spec` says what it is once dequantized: then no byte at `offset` is one of `spec`'s
+    stride  of a matrix that lies transposed: its value [i, j] is the file's number j * stride + i from `offset` on
     """
 
     spec: TensorSpec
     file: str
     offset: int
     codes: Codes | None = None
+    stride: int = 0
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the bytes at `offset` are the tensor's."""
+        return self.codes is None and not self.stride
 
     @property
     def stored_bytes(self) -> int:

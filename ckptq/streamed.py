@@ -1,28 +1,35 @@
 """A transformers model whose decoder layers are on disk: built on `meta`, real only where and while it is needed.
 
-Facts about transformers are from 5.17.0: `core_model_loading.rename_source_key` maps a stored name to the one in memory,
-`initialize_weights` fills whatever no file fills (rotary frequencies) and leaves alone what is marked as loaded.
+Facts about transformers are from 5.17.0: `initialize_weights` fills whatever no file fills (rotary frequencies) and leaves alone
+what is marked as loaded. Which tensors fill a parameter says `ckptq.placement`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
-from ckptq.errors import SourceError, UnsupportedError
+from ckptq.errors import SourceError
+from ckptq.placement import Filling, fill, place
 from ckptq.plan import module_of
 from ckptq.scopes import Scope
 from ckptq.tensors import blank, raw, typed
 from ckptq.validators.dtypes import served_dtype
 
 ALIGNMENT = 64
+KERNELS, KERNEL_CACHES = 64, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""On a CPU oneDNN keeps a kernel of some 0.7 MB for each number of rows, up to 1024 of them by default; with experts it sees them all.
+Read at the first product of matrices. To make one again takes half a millisecond.
+"""
 STAGED = 1 << 26
 """Bytes on their way to a GPU at a time. Pinning memory takes time; two layers of a 72B would take 3.6 GB of it."""
 
@@ -30,32 +37,47 @@ STAGED = 1 << 26
 class StreamedModel:
     """The model, its decoder layers in order, and what fills each parameter.
 
-    `device` is where layers compute; embeddings and towers are put there too while samples enter. `unused`: stored tensors that
-    no sample reaches, the output head's.
+    `device` is where layers compute; embeddings and towers are put there too while samples enter. `ahead`: layers that are read
+    while one computes, 1 or 0. `unused`: stored tensors that no sample reaches: the output head's, and what the model's class does
+    not know.
     """
 
-    def __init__(self, root: Path, component: Component, scope: Scope, reader: Reader, device: torch.device) -> None:
+    def __init__(
+        self, root: Path, component: Component, scope: Scope, reader: Reader, device: torch.device, *, ahead: int = 1
+    ) -> None:
         self.device = device
+        self.ahead = ahead
         self._reader = reader
         self._scope = scope
         self.model = _build(root / component.folder, component, scope)
         self._modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
-        self._memory_name = _memory_names(self.model, component)
+        self.unused = [tensor for name, tensor in component.tensors.items() if scope.skips(name)]
+        component = replace(component, tensors={n: t for n, t in component.tensors.items() if not scope.skips(n)})
+        placement = place(self.model, component, scope)
+        self._memory_name = placement.parameters
         self._layers_name = self._find_layers(component)
         self.layers: list[torch.nn.Module] = list(self.model.get_submodule(self._layers_name))
-        self._layer_sources: list[dict[str, SourceTensor]] = [{} for _ in self.layers]
-        self._resident_sources: dict[str, SourceTensor] = {}
+        self._layer_sources: list[dict[str, Filling]] = [{} for _ in self.layers]
+        self._resident_sources: dict[str, Filling] = {}
         self._dtypes: dict[str, torch.dtype] = {}
-        self.unused: list[SourceTensor] = []
-        self._assign(component)
-        self.layer_bytes = max(sum(_slot(t.spec) for t in sources.values()) for sources in self._layer_sources)
+        self._assign(component, placement.order)
+        self.layer_bytes = max(sum(_slot(f.spec) for f in fillings.values()) for fillings in self._layer_sources)
         self._slots: list[torch.Tensor] = []
         self._staging: torch.Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
 
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The module that runs the layers one after another."""
+        return self._modules[module_of(self._layers_name)]
+
     def module(self, source_module: str) -> torch.nn.Module:
-        """The module in memory that has the weight of a module of the source."""
+        """The module in memory that has the weight of a module of the source: of a routed expert, that of all experts."""
         return self._modules[module_of(self._memory_name[f"{source_module}.weight"])]
+
+    def parameter(self, source_module: str) -> str:
+        """The name of that weight in there: `weight`, or of routed experts `gate_up_proj`, which holds those of all."""
+        return self._memory_name[f"{source_module}.weight"].rpartition(".")[2]
 
     def around(self, source_module: str) -> torch.nn.Module:
         """The module that this one is a direct part of: the attention around k_proj."""
@@ -66,31 +88,29 @@ class StreamedModel:
 
         `look` is shown each tensor as it is stored.
         """
-        for name, source in self._resident_sources.items():
-            buffer = torch.empty(_slot(source.spec), dtype=torch.uint8, device=self.device)
-            self._read(source, buffer)
-            stored = typed(buffer, source.spec)
-            look(source, stored)
-            _set(self.model, name, stored.to(self._dtypes[name]))
+        for name, filling in self._resident_sources.items():
+            buffer = torch.empty(_slot(filling.spec), dtype=torch.uint8, device=self.device)
+            self._read(filling, buffer)
+            _set(self.model, name, _stored(filling, buffer, look).to(self._dtypes[name]))
         _fill_buffers(self.model, self.device)
 
     def drop_resident(self) -> None:
         """Frees them again; samples that wait at a decoder layer no longer need them."""
-        for name, source in self._resident_sources.items():
-            _set(self.model, name, blank(source.spec, self._dtypes[name]))
+        for name, filling in self._resident_sources.items():
+            _set(self.model, name, blank(filling.spec, self._dtypes[name]))
 
     def read_layer(self, index: int) -> torch.Tensor:
-        """A layer's weights as bytes on `device`, in one of two buffers that are used in turn.
+        """A layer's weights as bytes on `device`, in buffers that are used in turn: one, and one for each layer that is read ahead.
 
-        Runs in a thread of its own while the layer before computes.
+        Runs in a thread of its own while the layer before computes, where there is a buffer for that.
         """
         with self._aside():
             if not self._slots:
-                self._slots = [torch.empty(self.layer_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
-            slot, at = self._slots[index % 2], 0
-            for source in self._layer_sources[index].values():
-                self._read(source, slot[at:])
-                at += _slot(source.spec)
+                self._slots = [torch.empty(self.layer_bytes, dtype=torch.uint8, device=self.device) for _ in range(1 + self.ahead)]
+            slot, at = self._slots[index % len(self._slots)], 0
+            for filling in self._layer_sources[index].values():
+                self._read(filling, slot[at:])
+                at += _slot(filling.spec)
         return slot
 
     @contextlib.contextmanager
@@ -98,18 +118,16 @@ class StreamedModel:
         self, index: int, slot: torch.Tensor, look: Callable[[SourceTensor, torch.Tensor], None] = lambda source, values: None
     ) -> Iterator[None]:
         """The layer has its weights, from what `read_layer` returned, until the block ends. `look`: see load_resident."""
-        names, at = self._layer_sources[index], 0
-        for name, source in names.items():
-            stored = typed(slot[at:], source.spec)
-            look(source, stored)
+        fillings, at = self._layer_sources[index], 0
+        for name, filling in fillings.items():
             # As transformers and vLLM load it: what is stored wider than the model computes, a norm in F32 say, is cast.
-            _set(self.model, name, stored.to(self._dtypes[name]))
-            at += _slot(source.spec)
+            _set(self.model, name, _stored(filling, slot[at:], look).to(self._dtypes[name]))
+            at += _slot(filling.spec)
         try:
             yield
         finally:
-            for name, source in names.items():
-                _set(self.model, name, blank(source.spec, self._dtypes[name]))
+            for name, filling in fillings.items():
+                _set(self.model, name, blank(filling.spec, self._dtypes[name]))
             if self.device.type == "cuda":  # the buffer is filled again while the next layer computes
                 torch.cuda.current_stream(self.device).synchronize()
 
@@ -117,8 +135,15 @@ class StreamedModel:
         """Frees the layer buffers."""
         self._slots.clear()
 
-    def _read(self, source: SourceTensor, target: torch.Tensor) -> None:
-        """Reads a tensor's bytes into memory of the device: a GPU's piece by piece, through a pinned buffer."""
+    def _read(self, filling: Filling, target: torch.Tensor) -> None:
+        """Reads the bytes of a parameter's tensors into memory of the device, one behind another."""
+        at = 0
+        for source in filling.sources:
+            self._read_one(source, target[at:])
+            at += source.spec.nbytes
+
+    def _read_one(self, source: SourceTensor, target: torch.Tensor) -> None:
+        """A GPU's piece by piece, through a pinned buffer."""
         nbytes = source.spec.nbytes
         if self.device.type != "cuda":
             self._reader.read_into(source, 0, raw(target)[:nbytes])
@@ -142,45 +167,51 @@ class StreamedModel:
     def _find_layers(self, component: Component) -> str:
         for name, memory in self._memory_name.items():
             at = self._scope.layer_of(name)
-            if at is not None:
+            if at is not None and memory.endswith(f".{at[0]}.{at[1]}"):  # a norm: experts have other names in memory
                 return memory.removesuffix(f".{at[0]}.{at[1]}")
         raise SourceError(f"no tensor of a decoder layer ({self._scope.layers}.N.*) in the checkpoint")
 
-    def _assign(self, component: Component) -> None:
-        """Every parameter and stored buffer gets its source once; a shape that disagrees with config.json is an error."""
-        wanted = dict(self.model.named_parameters()) | {n: b for n, b in self.model.named_buffers() if n in self.model.state_dict()}
+    def _assign(self, component: Component, order: Mapping[str, tuple[str, ...]]) -> None:
+        """Every parameter and stored buffer gets its sources once; a shape that disagrees with config.json is an error."""
+        kept = self.model.state_dict()
+        wanted = dict(self.model.named_parameters()) | {n: b for n, b in self.model.named_buffers() if n in kept}
         head = _head_parameters(self.model)
-        filled: set[str] = set()
+        joined = {name for names in order.values() for name in names}
         for name, tensor in component.tensors.items():
             memory = self._memory_name[name]
-            if memory in head:  # stored beside tied embeddings too, where the model has no such parameter
+            if memory in head or memory not in wanted:  # a head is stored beside tied embeddings, too
                 self.unused.append(tensor)
                 continue
-            if memory not in wanted:
-                raise SourceError(f"{name}: stored, but the model that config.json describes has no {memory}")
-            if memory in filled:
+            if (memory in order) != (name in joined) or (memory in self._dtypes and memory not in order):
                 raise SourceError(f"{name}: a second tensor for {memory}")
-            if tuple(wanted[memory].shape) != tensor.spec.shape:
-                expected = list(wanted[memory].shape)
-                raise SourceError(f"{name}: shape {list(tensor.spec.shape)}, config.json calls for {expected}")
-            filled.add(memory)
+            if memory in self._dtypes:
+                continue
             self._dtypes[memory] = wanted[memory].dtype
+            sources = [component.tensors[n] for n in order.get(memory, (name,))]
+            filling = fill(memory, tuple(wanted[memory].shape), sources)
             if memory.startswith(self._layers_name + "."):
-                self._layer_sources[int(memory[len(self._layers_name) + 1 :].split(".")[0])][memory] = tensor
+                self._layer_sources[int(memory[len(self._layers_name) + 1 :].split(".")[0])][memory] = filling
             else:
-                self._resident_sources[memory] = tensor
-        if empty := sorted(set(wanted) - filled - head):
-            raise SourceError(f"{empty[0]}: no tensor of the checkpoint fills it ({len(empty)} such parameters)")
+                self._resident_sources[memory] = filling
+        if empty := sorted(set(wanted) - set(self._dtypes) - head):
+            unknown = [t.spec.name for t in self.unused if self._memory_name.get(t.spec.name, "") not in {"", *head}]
+            told = f"; {', '.join(unknown[:3])} fill nothing" if unknown else ""
+            raise SourceError(f"{empty[0]}: no tensor of the checkpoint fills it ({len(empty)} such parameters){told}")
 
 
 def _build(folder: Path, component: Component, scope: Scope) -> Any:
     """The model on `meta`. No code of the checkpoint is run, and a quantization_config that it may have is not looked at."""
     import transformers
 
+    for name in KERNEL_CACHES if scope.experts else ():
+        os.environ.setdefault(name, str(KERNELS))
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = getattr(config, f"{scope.stage}_config") if scope.stage else config
+        # Of the ways to run experts the one that multiplies expert by expert: ModelOpt calibrates with it, and observe.py sees it.
+        settings = {"dtype": _served_dtype(component, scope), "experts_implementation": "eager"}
         with torch.device("meta"):
-            model = getattr(transformers, scope.auto_class).from_config(config, dtype=_served_dtype(component, scope))
+            model = getattr(transformers, scope.auto_class).from_config(config, **settings)
     return model.eval().requires_grad_(False)
 
 
@@ -191,23 +222,6 @@ def _served_dtype(component: Component, scope: Scope) -> torch.dtype:
     transformers_utils/model_arch_config_convertor.py get_torch_dtype: the widest stored dtype decides, and scales are F32.
     """
     return torch.float16 if served_dtype(component.config, scope) == "float16" else torch.bfloat16
-
-
-def _memory_names(model: Any, component: Component) -> dict[str, str]:
-    """{stored name: name in memory}, by transformers' own mapping. Raises UnsupportedError where tensors would be merged."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    names = {}
-    for name in component.tensors:
-        names[name], merged = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if merged is not None:
-            raise UnsupportedError(f"{name}: transformers merges it with others ({merged}); ckptq can't calibrate that yet")
-    return names
 
 
 def _head_parameters(model: Any) -> set[str]:
@@ -230,6 +244,15 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
         parameter._is_hf_initialized = True
     with torch.no_grad(), quiet():
         model.initialize_weights()
+
+
+def _stored(filling: Filling, buffer: torch.Tensor, look: Callable[[SourceTensor, torch.Tensor], None]) -> torch.Tensor:
+    """What `_read` put into a byte buffer, in the stored dtype. `look` is shown each tensor of it."""
+    at = 0
+    for source in filling.sources:
+        look(source, typed(buffer[at:], source.spec))
+        at += source.spec.nbytes
+    return typed(buffer, filling.spec)
 
 
 def _slot(spec: TensorSpec) -> int:

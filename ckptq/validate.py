@@ -17,7 +17,9 @@ from ckptq.errors import SourceError
 from ckptq.json_file import read_json
 from ckptq.plan import Plan
 from ckptq.quantized import dense_if_fp8
-from ckptq.scopes import Scope, find_scope
+from ckptq.scopes import Scope
+from ckptq.spelled import scope_to_validate
+from ckptq.unstack import refuse_stacked, unstack
 from ckptq.validators import Finding, Stored, configs, dtypes, files, kv, layout, parallel, record, strays
 from ckptq.validators.expected import Expected, expect
 from ckptq.validators.grouping import group
@@ -42,12 +44,14 @@ class Validation:
     checked   the stages, in their order
     skipped   {group of checks that did not run: why}. The groups are what codes begin with
     built     what the server will build (`figures`), or None where the configs don't say
+    scope     (name of the scope that it was judged by, where that comes from: "ckptq", "--scope", "ckptq.json")
     """
 
     findings: tuple[Finding, ...]
     checked: tuple[Checked, ...]
     skipped: Mapping[str, str]
     built: Mapping[str, Any] | None
+    scope: tuple[str, str] | None = None
 
 
 def validate_plan(plan: Plan, scope: Scope) -> list[Finding]:
@@ -76,19 +80,22 @@ def examine(
     server: Server = DEFAULT,
     tp: int = 1,
     ep: bool = False,
+    scope: Scope | None = None,
 ) -> Validation:
     """Looks for what is wrong with the checkpoint in `folder`.
 
     `source` is the checkpoint that it was made from; without it passthrough is left out. `staged`: the folder is the inside of an
     unfinished job, looked at before it is published. `copied`: tensors whose digest in ckptq.json was taken of the source's bytes;
     where it is the file's, too, nothing is left to compare, and of quantized tensors a sample is. `header` reads the header of a
-    weight file, where it may lie elsewhere.
-    Raises SourceError for a folder that can't be read or is an unfinished conversion, UnsupportedError where no scope fits.
+    weight file, where it may lie elsewhere. `scope`: one that is spelled out, in place of ckptq's own.
+    Raises SourceError for a folder that can't be read or is an unfinished conversion, UnsupportedError where no scope fits, or
+    routed experts are stored together.
     """
     refuse_unfinished(folder, staged=staged)
     inventory = read_inventory(folder, header, strict=False)
     main = inventory.main
-    scope = find_scope(main.config)
+    scope, whence = scope_to_validate(main.config, scope, lambda: record.body(folder))
+    refuse_stacked(main, scope)
     tensors = {name: tensor.spec for name, tensor in main.tensors.items()}
     stages = _Stages(progress or Console(quiet=True))
     with stages.run("layout", len(tensors), "tensors") as advance:
@@ -112,7 +119,7 @@ def examine(
     if source is not None and passthrough:
         with stages.run("passthrough", main.nbytes, "bytes") as advance:
             proved = [name for name in copied or () if digests and written and digests[name] == (written.tensors or {}).get(name)]
-            original = dense_if_fp8(read_inventory(source))
+            original = unstack(dense_if_fp8(read_inventory(source)), scope)
             findings += _passthrough(inventory, original, scope, advance, sample=copied is not None, proved=proved)
     unbuilt = "" if at else "the configs don't say what will be built"
     skipped = {
@@ -124,7 +131,8 @@ def examine(
         "parallel": unbuilt if tp > 1 or ep else "needs --tp N or --ep",
     }
     skipped = {what: why for what, why in skipped.items() if why}
-    return Validation(tuple(group(findings)), tuple(stages.ended), skipped, figures(at) if at else None)
+    built = figures(at) if at else None
+    return Validation(tuple(group(findings)), tuple(stages.ended), skipped, built, (scope.name, whence))
 
 
 @dataclass(slots=True)

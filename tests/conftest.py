@@ -1,13 +1,55 @@
-"""What most tests start from: the example model and scenes of the repository, and copies of the model to break."""
+"""What most tests start from: the example model and scenes of the repository, and copies of the model to break.
 
+`make test` runs two processes (pytest-xdist). A file is the work of one of them, or several files that share what is slow to make.
+"""
+
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peers.pair import IMAGES, TEXT, Pair, make_pair
+from peers.pair import IMAGES, TEXT, Pair, make_pairs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SHARING = {
+    "test_corpus_bases": "loads",  # a process of vLLM that loads what it is told to
+    "test_vllm_load": "loads",
+    "test_quark": "loads",
+    "test_methods": "answers",  # one that answers questions
+    "test_vllm_rules": "answers",
+    "test_parity": "pairs",  # ModelOpt's and ckptq's outputs of the same samples
+    "test_server": "pairs",
+    "test_faults": "kills",  # a process that forks what is to be killed
+    "test_kill": "kills",
+}
+LONGEST = ("recorded", "pairs", "loads", "generated", "test_agreement", "test_served", "test_hostile", "kills", "answers")
+"""These go first: what is left when one process has nothing more to do is short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    groups = {}
+    for item in items:
+        own = item.get_closest_marker("xdist_group")
+        groups[item] = own.args[0] if own else SHARING.get(item.path.stem, item.path.stem)
+        if own is None:
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: order.get(groups[item], len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is no garbage
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tables of figures that tests gave to `record_property`."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, text in report.user_properties:
+                if name == "table":
+                    terminalreporter.section(report.nodeid.partition("::")[0])
+                    terminalreporter.write_line(str(text))
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +71,17 @@ def copy_model(example_model: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def image_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """ckptq's and ModelOpt's outputs for the same scenes with captions."""
-    return make_pair(IMAGES, tmp_path_factory.mktemp("image"))
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
+    return make_pairs([IMAGES, TEXT], tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="session")
-def text_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def image_pair(pairs: list[Pair]) -> Pair:
+    """ckptq's and ModelOpt's outputs for the same scenes with captions."""
+    return pairs[0]
+
+
+@pytest.fixture(scope="session")
+def text_pair(pairs: list[Pair]) -> Pair:
     """The same for text."""
-    return make_pair(TEXT, tmp_path_factory.mktemp("text"))
+    return pairs[1]

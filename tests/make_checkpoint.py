@@ -105,6 +105,33 @@ def make_checkpoint(
     return folder
 
 
+def make_experts(
+    folder: Path, *, layers: int, hidden: int, moe: int, experts: int, chosen: int, heads: int, kv_heads: int, vocab: int = 4096
+) -> Path:
+    """The same of Qwen3-MoE's shape: a language model alone, each expert by itself, `chosen` of them for each token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": moe, "num_experts": experts, "num_experts_per_tok": chosen}
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads}
+    rest = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16", "intermediate_size": 2 * moe}
+    rest |= {"num_hidden_layers": layers, "vocab_size": vocab, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    (folder / "config.json").write_text(json.dumps({**rest, **sizes, **heads_of, "norm_topk_prob": True}, indent=2) + "\n")
+    shapes: dict[str, Shape] = {}
+    for name, shape in _language(layers, hidden, moe, heads, kv_heads, vocab):
+        if name.endswith(".bias"):
+            continue
+        if ".mlp." not in name:
+            shapes[name] = shape
+            continue
+        at, _, linear = name.partition("mlp.")
+        shapes |= {f"{at}mlp.gate.weight": (experts, hidden)}
+        shapes |= {f"{at}mlp.experts.{e}.{linear}": shape for e in range(experts)}
+        shapes |= {f"{at}self_attn.{part}_norm.weight": (hidden // heads,) for part in "qk"}
+    _write(folder / "model.safetensors", {**shapes, "lm_head.weight": (vocab, hidden)}, _block(0, "BF16"), "BF16")
+    return folder
+
+
 def config(text: Mapping[str, Any], vision: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     """The example's config.json with these sizes; the rotary sections keep their proportions (2:3:3) for another head size."""
     result: dict[str, Any] = json.loads((EXAMPLE / "config.json").read_text())

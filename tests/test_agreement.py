@@ -1,12 +1,12 @@
 """The validator says of every mutant of the corpus what the real vLLM makes of it. The table of agreement is printed.
 
-pytest tests/test_agreement.py -s                       # without a server: vLLM's side is recorded in tests/data
-pytest tests/test_agreement.py -m server -s             # records a part of it again
+pytest tests/test_agreement.py -m "not server"          # without a server: vLLM's side is recorded in tests/data
+pytest tests/test_agreement.py -m server                # records a part of it again
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -26,10 +26,10 @@ from corpus.agreement import (
 from corpus.mutants import Mutant, mutants
 from server import record_behavior
 
-from ckptq.validators.servers import DEFAULT, SERVERS, Server
+from ckptq.validators.servers import DEFAULT, SERVERS
 
 EVERY = tuple(mutants())
-OTHERS = [s for s in SERVERS.values() if s.verified == "loaded" and s is not DEFAULT]
+LOADED = {s.version: s for s in SERVERS.values() if s.verified == "loaded"}
 # What a near miss may add to its base's findings, and in which classes of fault: served all the same, and worth a word.
 WORTH_A_WORD: Mapping[str, tuple[str, ...]] = {
     "files.no-index": ("*",),  # a tensor in a file of its own
@@ -73,25 +73,28 @@ WORTH_A_WORD: Mapping[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[Verdict]:
-    found = judge(EVERY, tmp_path_factory.mktemp("mutants"))
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n" + table(found))
-    return found
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Verdict]]:
+    """{version: its verdicts}, of each version that is called loaded."""
+    return judge(EVERY, tmp_path_factory.mktemp("mutants"), [*LOADED.values()])
 
 
-def test_the_validator_agrees_with_vllm(verdicts: list[Verdict]) -> None:
-    """Errors for what vLLM refuses or serves wrong, at least a warning for what it serves worse, no error for the rest."""
-    assert disagreements(verdicts) == []
+@pytest.fixture
+def verdicts(judged: Mapping[str, list[Verdict]]) -> list[Verdict]:
+    return judged[DEFAULT.version]
 
 
-@pytest.mark.parametrize(
-    "server", [s for s in SERVERS.values() if s.verified == "loaded" and s is not DEFAULT], ids=lambda s: s.version
-)
-def test_the_validator_agrees_with_other_versions(server: Server, tmp_path: Path) -> None:
-    """Of each version that is called loaded the whole corpus was recorded."""
-    assert set(read_table(server.version)) == {m.name for m in EVERY}
-    assert disagreements(judge(EVERY, tmp_path, server)) == []
+@pytest.mark.parametrize("version", LOADED)
+def test_the_validator_agrees_with_vllm(
+    judged: Mapping[str, list[Verdict]], version: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Errors for what vLLM refuses or serves wrong, at least a warning for what it serves worse, no error for the rest.
+
+    Of each of these versions the whole corpus was recorded.
+    """
+    if version == DEFAULT.version:
+        record_property("table", table(judged[version]))
+    assert set(read_table(version)) == {m.name for m in EVERY}
+    assert disagreements(judged[version]) == []
 
 
 def test_what_it_can_not_judge_is_meant(verdicts: list[Verdict]) -> None:
@@ -161,6 +164,7 @@ def test_derived_exports_have_no_errors(name: str, needs: str | None, tmp_path: 
 
 
 @pytest.mark.server
+@pytest.mark.xdist_group("recorded")
 def test_vllm_does_what_was_recorded() -> None:
     """One mutant of each class of fault. For all of them, which takes minutes: `tests/server/record_behavior.py --check`."""
     sample = {mutant.fault: mutant for mutant in reversed(EVERY) if not mutant.near_miss}

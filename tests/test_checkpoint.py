@@ -244,7 +244,9 @@ def test_further_copies_of_the_weights_are_left_out(folder: Path) -> None:
     assert component.tensors == before.tensors
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "bin.json", "merges.txt", "code/pt.py", "unoriginal/x.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.model", "bin.json", "merges.txt", "code/pt.py", "unoriginal/x.json", "spk_dict.pt"]
+)
 def test_not_a_copy_of_the_weights(name: str) -> None:
     assert not is_weight_copy(name)
 

@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, what goes to which stream, both formats, and what is not imported."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -322,24 +321,6 @@ def test_dry_run_of_a_checkpoint_of_72b(tmp_path: Path) -> None:
     assert done["code"] == 0
     assert done["peak"] < 150e6
     assert not set(HEAVY) & set(done["modules"])
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    command = ["convert", "--recipe", "demo", "--output", str(tmp_path / "an out"), *TEXT]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "ckptq", *command], cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("enter: ")
-        process.send_signal(signal.SIGINT)
-        told = process.stderr.read()
-    assert process.returncode == 130
-    assert told.splitlines()[-2:] == [
-        "interrupted",
-        f"  go on with: ckptq convert --recipe demo --output '{tmp_path / 'an out'}' --set '{TEXT[1]}' --resume",
-    ]
-    assert not (tmp_path / "an out" / "config.json").exists()
 
 
 # How things are worded

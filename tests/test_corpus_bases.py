@@ -6,19 +6,17 @@ Ours are clean. What other exporters write may get the warnings named here, and 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from corpus import derived
-from corpus.bases import BASES, ROOT, Base, folder
+from corpus.bases import BASES, Base, folder
+from peers.answers import trace
 
 from ckptq.validate import validate_folder
 
-PYTHON = ROOT / ".venv-vllm/bin/python"
 FUSED_APART = "values.weight-scale-split"
 """One weight scale a tensor, as all exporters but ours write them: the server encodes fused linears again."""
 
@@ -89,35 +87,22 @@ def test_a_base_is_what_it_says(base: Base) -> None:
 # --- the server ---
 
 
-@pytest.fixture(scope="session")
-def traces(good: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, Any]]:
-    """{name: what the tracker saw of its load}. One process for all."""
-    assert PYTHON.exists(), f"{PYTHON} is not there: `make test` sets it up"
-    out = tmp_path_factory.mktemp("traces") / "traces.json"
-    command = [str(PYTHON), "tests/server/traces.py", str(out), *map(str, good.values())]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests/server/shim")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"vLLM ended with {done.returncode}:\n{done.stderr[-6000:]}"
-    found = json.loads(out.read_text(encoding="utf-8"))
-    return {name: found[str(path)] for name, path in good.items()}
-
-
 @pytest.mark.server
 @pytest.mark.parametrize("name", [*BASES, *derived.DERIVED])
-def test_the_server_loads_all_of_it(traces: Mapping[str, Mapping[str, Any]], name: str) -> None:
-    trace = traces[name]
-    assert (trace["stage"], trace["error"], trace["problems"]) == ("done", None, [])
-    assert trace["quantization"].startswith(BASES[name if name in BASES else derived.origin(name)].method), "modelopt_fp4, too"
-    assert {key: spec["missing"] for key, spec in trace["parameters"].items() if spec["missing"] and not spec["exempt"]} == {}
-    assert [key for key, spec in trace["keys"].items() if spec["unread"]] == []
+def test_the_server_loads_all_of_it(good: Mapping[str, Path], name: str) -> None:
+    seen = trace(good[name])
+    assert (seen["stage"], seen["error"], seen["problems"]) == ("done", None, [])
+    assert seen["quantization"].startswith(BASES[name if name in BASES else derived.origin(name)].method), "modelopt_fp4, too"
+    assert {key: spec["missing"] for key, spec in seen["parameters"].items() if spec["missing"] and not spec["exempt"]} == {}
+    assert [key for key, spec in seen["keys"].items() if spec["unread"]] == []
     codes = {"torch.float8_e4m3fn", "torch.int8", "torch.uint8"}
-    assert codes & {spec["dtype"] for spec in trace["parameters"].values()}, "nothing is quantized"
+    assert codes & {spec["dtype"] for spec in seen["parameters"].values()}, "nothing is quantized"
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-def test_the_servers_cache_is_as_the_base_says(traces: Mapping[str, Mapping[str, Any]], base: Base) -> None:
-    trace = traces[base.name]
-    assert trace["kv_cache_dtype"].startswith("auto" if base.kv == "none" else "fp8")
-    scales = [spec for key, spec in trace["parameters"].items() if key.endswith((".attn.k_scale", ".attn.v_scale"))]
+def test_the_servers_cache_is_as_the_base_says(base: Base) -> None:
+    seen = trace(folder(base.name))
+    assert seen["kv_cache_dtype"].startswith("auto" if base.kv == "none" else "fp8")
+    scales = [spec for key, spec in seen["parameters"].items() if key.endswith((".attn.k_scale", ".attn.v_scale"))]
     assert [spec["written"] for spec in scales] == [int(base.kv == "scales")] * len(scales)

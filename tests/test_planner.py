@@ -428,13 +428,13 @@ def test_our_own_output_is_refused_as_quantized() -> None:
     refused(UnsupportedError, output, "quantized already: config.json says quant_method 'modelopt'")
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], [], None])
+@pytest.mark.parametrize("architectures", [["OlmoForCausalLM"], [], None])
 def test_an_architecture_without_a_scope(architectures: list[str] | None) -> None:
     with pytest.raises(
         UnsupportedError, match=r"no scope for architectures .*known: .*Qwen2_5_VLForConditionalGeneration"
     ) as caught:
         find_scope({"architectures": architectures})
-    assert "CONTRIBUTING.md" in str(caught.value.hint)
+    assert "`ckptq inspect SRC` proposes a scope" in str(caught.value.hint)
 
 
 # config.json's text

@@ -12,10 +12,10 @@ import torch
 from corpus.bases import folder
 from corpus.edit import both, drop, edit_json, put
 from corpus.relabeled import SPEC, quark_section
-from peers.answers import PYTHON
+from peers.answers import trace
 
 from ckptq.validate import validate_folder
-from ckptq.validators import vllm_load
+from ckptq.validators.vllm_load import served
 
 LAYER = quark_section("static")["global_quant_config"]
 O = "model.layers.1.self_attn.o_proj"  # noqa: E741
@@ -94,13 +94,13 @@ def test_scales_under_quarks_names_are_those_of_the_cache(copied: Path) -> None:
 def test_the_real_vllm_loads_it(name: str, copied: Path) -> None:
     if name:
         change(copied, NEAR[name])
-    served = vllm_load.load(copied, PYTHON)
-    assert served.quantization == "quark"
-    assert served.findings == ()
+    found = served(trace(copied), copied)
+    assert found.quantization == "quark"
+    assert found.findings == ()
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", ["a glob", "no settings of types"])
 def test_the_real_vllm_stumbles_over_its_traps(name: str, copied: Path) -> None:
     change(copied, TRAPS[name][0])
-    assert any(f.severity == "error" for f in vllm_load.load(copied, PYTHON).findings)
+    assert any(f.severity == "error" for f in served(trace(copied), copied).findings)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from ckptq.errors import RecipeError
 from ckptq.recipe import SECTIONS, CocoCalibration, Recipe, Section, TextCalibration, load_recipe, parse_recipe, parse_size, shipped
 from ckptq.schemes import SCHEMES
+from ckptq.scopes import Experts, Fused, Scope, Tower
 
 SCHEMES_LISTED = "'fp8', 'fp8-tensor', 'fp8-dynamic', 'fp8-block', 'int8', 'nvfp4', 'nvfp4a16', 'mxfp8' or 'mxfp4'"
 GOOD = """\
@@ -106,7 +108,7 @@ export:
         f"quantize.0.scheme (line 4): expected {SCHEMES_LISTED}, found 'fp9'",
         "quantize.0.bits (line 5): unknown key; known: modules, scheme",
         "keep (line 6): expected a valid list, found 3",
-        "calibration.source (line 8): expected coco, text or builtin, found 'coc'; did you mean coco?",
+        "calibration.source (line 8): expected coco, text, media or builtin, found 'coc'; did you mean coco?",
         "calibration.seed (line 11): expected a valid integer, found 1.5",
         "calibration.annotations (line 7): is required",
         "calibration.sampels (line 10): unknown key; did you mean samples?",
@@ -119,11 +121,11 @@ export:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("{source: nothing-like-it}", "calibration.source (line 6): expected coco, text or builtin, found 'nothing-like-it'"),
-        ("{samples: 3}", "calibration.source (line 6): is required; expected coco, text or builtin"),
-        ("{source: 3}", "calibration.source (line 6): expected coco, text or builtin, found '3'"),
+        ("{source: nothing-such}", "calibration.source (line 6): expected coco, text, media or builtin, found 'nothing-such'"),
+        ("{samples: 3}", "calibration.source (line 6): is required; expected coco, text, media or builtin"),
+        ("{source: 3}", "calibration.source (line 6): expected coco, text, media or builtin, found '3'"),
         ("builtin", "calibration (line 6): expected a section with keys of its own, found 'builtin'"),
-        ("{source: builtin, files: a}", "calibration.files (line 6): unknown key here; it belongs to source text"),
+        ("{source: builtin, files: a}", "calibration.files (line 6): unknown key here; it belongs to source text or media"),
         ("{source: text, files: []}", "calibration.files (line 6): expected at least 1 item, found []"),
         ("{source: builtin, samples: 0}", "calibration.samples (line 6): expected at least 1, found 0"),
         ("{source: builtin, save_every: 601}", "calibration.save_every (line 6): expected at most 600, found 601"),
@@ -255,7 +257,7 @@ def test_top_level_values() -> None:
         ("quantize.1.scheme=fp8", "--set quantize.1.scheme=fp8: quantize has 1 items: expected a number below that, found '1'"),
         ("quantize.-1.scheme=fp8", "--set quantize.-1.scheme=fp8: quantize has 1 items: expected a number below that, found '-1'"),
         ("model.x=3", "--set model.x=3: model is 'some/where', which has no keys"),
-        ("calibration.source=builtin", "calibration.files (line 8): unknown key here; it belongs to source text"),
+        ("calibration.source=builtin", "calibration.files (line 8): unknown key here; it belongs to source text or media"),
     ],
 )
 def test_overrides_gone_wrong(override: str, message: str) -> None:
@@ -298,6 +300,7 @@ def test_every_section_offers_close_matches() -> None:
     assert SECTIONS[()] == tuple(Recipe.model_fields)
     sections = {tuple(kind.model_fields) for kind in Section.__subclasses__() if not kind.__name__.startswith("_")}
     sections |= {tuple(kind.model_fields) for kind in CocoCalibration.__mro__[1].__subclasses__()}
+    sections |= {tuple(field.name for field in fields(kind)) for kind in (Scope, Fused, Tower, Experts)}
     assert set(SECTIONS.values()) == sections
 
 

@@ -1,6 +1,6 @@
 """The real vLLM serves ckptq's output with no patch, and as well as ModelOpt's own export calibrated on the same samples.
 
-One run of the server each for the BF16 source, ours and ModelOpt's, one after the other. The figures are printed.
+One run of the server each for the BF16 source, ours and ModelOpt's, one after the other. The figures are shown at the end.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +76,7 @@ def evaluate(model: Path, work: Path, *options: str | Path) -> Verdict:
 
 
 @pytest.fixture(scope="session")
-def trial(image_pair: Pair, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trial:
+def trial(image_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     work = tmp_path_factory.mktemp("server")
     reference = work / "log_probabilities.npy"
     source = evaluate(SOURCE, work / "source", "--log-probabilities", reference)
@@ -84,10 +85,7 @@ def trial(image_pair: Pair, tmp_path_factory: pytest.TempPathFactory, request: p
         modelopt = evaluate(image_pair.modelopt, work / "modelopt", "--reference", reference, "--patch-requantize")
     finally:
         reference.unlink()  # 180 MB, which pytest would keep
-    found = Trial(source, ours, modelopt)
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n" + table(found))
-    return found
+    return Trial(source, ours, modelopt)
 
 
 def ratio_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
@@ -110,7 +108,8 @@ def table(trial: Trial) -> str:
     return "\n".join(rows)
 
 
-def test_captions_are_as_exact_as_the_sources(trial: Trial) -> None:
+def test_captions_are_as_exact_as_the_sources(trial: Trial, record_property: Callable[[str, object], None]) -> None:
+    record_property("table", table(trial))
     assert len(trial.ours.figures["exact"]) == SCENES
     assert trial.source.exact >= 0.95 * SCENES, "the BF16 source itself should caption the scenes"
     assert trial.ours.exact >= trial.source.exact - 0.01 * SCENES

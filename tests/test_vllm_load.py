@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import math
 import os
 import shutil
@@ -22,6 +22,7 @@ from corpus.bases import BASES, folder
 from corpus.edit import Edit, alter, both, dequantized, drop, edit_json, put, rows, to
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers.answers import PYTHON, trace
 
 import ckptq.validators
 from ckptq.console import Console
@@ -35,7 +36,6 @@ from ckptq.validators.vllm_storage import Intervals
 from ckptq.validators.vllm_track import Tracker
 
 ROOT = Path(__file__).parent.parent
-PYTHON = ROOT / ".venv-vllm/bin/python"
 SHIM = str(ROOT / "tests/server/shim")
 DENSE, SHARDED, MOE = "vl-modelopt-fp8kv-ckptq-onefile", "vl-modelopt-fp8kv-ckptq", "moe-modelopt-fp8kv-peer"
 NVFP4, W4A16, MXFP8 = "vl-modelopt-nvfp4kv-ckptq", "vl-modelopt-w4a16-peer", "vl-modelopt-mxfp8-peer"
@@ -459,38 +459,44 @@ LOADS: dict[str, tuple[str, Edit, Said]] = {
 }
 
 
+Loaded = tuple[Path, dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def loads(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, dict[str, Any]]]:
-    """{name: (folder, what the tracker saw)}. One process for all."""
+def loads(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Loaded]:
+    """loads(name) -> (folder, what the tracker saw)."""
     work = tmp_path_factory.mktemp("loads")
-    folders = {name: work / name.replace(" ", "-").replace("'", "") for name in LOADS}
-    for name, (base, edit, _) in LOADS.items():
-        shutil.copytree(folder(base), folders[name])
-        edit(folders[name])
-    command = [str(PYTHON), "tests/server/traces.py", str(work / "traces.json"), *map(str, folders.values())]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": SHIM}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    traces = json.loads((work / "traces.json").read_text())
-    return {name: (path, traces[str(path)]) for name, path in folders.items()}
+
+    @functools.cache
+    def load(name: str) -> Loaded:
+        base, edit, _ = LOADS[name]
+        made = folder(base)
+        if edit is not nothing:
+            made = Path(shutil.copytree(made, work / name.replace(" ", "-").replace("'", "")))
+            edit(made)
+        return made, trace(made)
+
+    return load
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", LOADS)
-def test_what_the_server_loaded(loads: Mapping[str, tuple[Path, dict[str, Any]]], name: str) -> None:
-    path, trace = loads[name]
-    found = served(trace, path)
-    assert trace["problems"] == []
+def test_what_the_server_loaded(loads: Callable[[str], Loaded], name: str) -> None:
+    path, seen = loads(name)
+    found = served(seen, path)
+    assert seen["problems"] == []
     assert said(found.findings) == {(s, code, subject or path.name) for s, code, subject in LOADS[name][2]}
     if not LOADS[name][2]:
-        assert (trace["stage"], found.version) == ("done", "0.32.0")
+        assert (seen["stage"], found.version) == ("done", "0.32.0")
         assert found.quantization.startswith(BASES[LOADS[name][0]].method)
         assert found.kernels or found.stand_ins
 
 
 @pytest.mark.server
-def test_findings_tell_what_vllm_said_and_which_rows(loads: Mapping[str, tuple[Path, dict[str, Any]]]) -> None:
+def test_findings_tell_what_vllm_said_and_which_rows(loads: Callable[[str], Loaded]) -> None:
     def found(name: str) -> str:
-        return served(loads[name][1], loads[name][0]).findings[0].found
+        path, seen = loads(name)
+        return served(seen, path).findings[0].found
 
     assert "no module or parameter named 'blocks.0.attn.k_proj'" in found("scales on the tower")
     assert "models/utils.py" in found("scales on the tower")
@@ -515,6 +521,7 @@ def trained(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.server
+@pytest.mark.xdist_group("generated")
 def test_a_good_export_answers(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", SHIM)
     found = load(trained, PYTHON, generate=True)
@@ -528,11 +535,13 @@ def test_a_good_export_answers(trained: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.server
+@pytest.mark.xdist_group("generated")
 def test_where_this_machine_has_no_kernel_the_answers_are_said_not_to_be_the_servers(
     example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of MXFP4, which no vLLM of a CPU computes with, and whose answers are nevertheless those of a model that sees."""
     monkeypatch.setenv("PYTHONPATH", SHIM)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # what it compiles, with a C++ compiler, the test above has compiled
     settings = ("quantize.0.scheme=mxfp4", "export.format=compressed-tensors")
     found = load(converted(example_model, tmp_path / "out", *settings), PYTHON, generate=True)
     assert said(found.findings) == {("warning", "no-kernel", "out")}
@@ -543,8 +552,10 @@ def test_where_this_machine_has_no_kernel_the_answers_are_said_not_to_be_the_ser
 
 
 @pytest.mark.server
+@pytest.mark.xdist_group("generated")
 def test_a_broken_one_answers_noise_and_sees_nothing(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", SHIM)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     broken = Path(shutil.copytree(trained, tmp_path / "broken"))
     both(alter(torch.reciprocal, "*.o_proj.weight_scale"), alter(torch.zeros_like, "visual.merger.*"))(broken)
     assert {f.code for f in load(broken, PYTHON, generate=True).findings} == {"server.worse-than-chance", "server.blind"}

@@ -9,6 +9,8 @@ import pytest
 from peers.answers import ask
 
 from ckptq.checkpoint import read_inventory
+from ckptq.plan import module_of
+from ckptq.scopes import Scope, all_scopes
 from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.validators import Stored, configs
 from ckptq.validators.expected import expect, idle_entries
@@ -151,3 +153,21 @@ def test_names_are_mapped_as_the_real_vllm_maps_them(method: str) -> None:
         taken = slot is not None and (method in ("fp8", "quark") or not slot.native)
         kind = slot.kind if slot and taken else "[kv]"
         assert bool(re.fullmatch(rf"model\.layers\.0\.self_attn\.attn\.{kind}_scale", mapped)) == taken, ending
+
+
+def named(value: str | Scope) -> str:
+    return value if isinstance(value, str) else value.name
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(("name", "scope"), [(name, scope) for scope in all_scopes() for name in scope.architectures], ids=named)
+def test_the_server_names_and_fuses_as_the_scope_says(name: str, scope: Scope) -> None:
+    """By vLLM's own class: its mapper of names, and what it packs. Language models inside pack for themselves."""
+    canonical = [tensor.replace("{i}", "0").replace("{e}", "0") for tensor in scope.parameters]
+    names = sorted({spelling for tensor in canonical for spelling in scope.spellings(tensor)})
+    found = ask({"architecture": name, "names": names})
+    assert dict(zip(names, found["names"], strict=True)) == {n: server_name(n, scope) for n in names}
+    ours = {last: list(shards) for last, shards in packed_modules(scope).items()}
+    assert {last: found["packed"].get(last, shards) for last, shards in ours.items()} == ours
+    linears = {module_of(tensor).rpartition(".")[2] for tensor in canonical}
+    assert {last for last, shards in found["packed"].items() if len(shards) > 1 and linears.issuperset(shards)} <= ours.keys()

@@ -12,24 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.errors import CalibrationError
-from ckptq.recipe import BuiltinCalibration, CocoCalibration, TextCalibration
+from ckptq.recipe import Calibration
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One calibration sample. `name` says where it came from, for messages.
 
-    With an image: the user shows it and asks `prompt`, the assistant answers `text`. With a prompt alone: the same without the
-    image. Without either: `text` as it stands, with no chat template.
+    With an image, audio or both: the user shows it and asks `prompt`, the assistant answers `text`. With a prompt alone: the same
+    without them. Without any: `text` as it stands, with no chat template.
     """
 
     name: str
     text: str
     prompt: str | None = None
     image: Path | None = None
+    audio: Path | None = None
 
 
-def load_samples(settings: CocoCalibration | TextCalibration | BuiltinCalibration) -> list[Sample]:
+def load_samples(settings: Calibration) -> list[Sample]:
     """The chosen samples, in the seed's order; at most `settings.samples`. Raises CalibrationError where there are none."""
     samples: list[Sample] = importlib.import_module(f"{__name__}.{settings.source}").load(settings)
     if not samples:
@@ -38,11 +39,12 @@ def load_samples(settings: CocoCalibration | TextCalibration | BuiltinCalibratio
 
 
 def digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 over texts, prompts and image bytes, in order: what the result depends on, and no path."""
+    """SHA-256 over texts, prompts, images' and audio's bytes, in order: what the result depends on, and no path."""
     total = hashlib.sha256()
     for sample in samples:
         texts = (text.encode(errors="surrogatepass") for text in (sample.text, sample.prompt or ""))
-        parts = (*texts, sample.image.read_bytes() if sample.image else b"")
+        media = (sample.image.read_bytes() if sample.image else b"", *([sample.audio.read_bytes()] if sample.audio else []))
+        parts = (*texts, *media)
         for part in parts:
             total.update(len(part).to_bytes(8, "little") + part)
     return total.hexdigest()

@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from ckptq.calibration import Sample
+from ckptq.calibration.wav import read_wav, to_wav
 from ckptq.errors import CalibrationError
 
 if TYPE_CHECKING:
     import torch
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_KINDS = {1: "image", 3: "audio"}
+_OF_AUDIO = ("input_features", "feature_attention_mask")
 
 
 class Encoder:
@@ -56,20 +59,26 @@ class Encoder:
 
         input_ids        [1, T] int64, T <= sequence_length: cut at the end, never inside the image's tokens
         attention_mask   [1, T] int64, all ones
-        and with an image what the checkpoint's processor adds, for Qwen2.5-VL:
+        and with an image or audio what the checkpoint's processor adds, for Qwen2.5-VL:
         pixel_values       [P, C] float32, P = t * h * w patches
         image_grid_thw     [1, 3] int64
         mm_token_type_ids  [1, T] int64, 1 for image tokens: rope positions follow from it
+        for Gemma 3 and LLaVA:
+        pixel_values       [1, 3, H, W] float32
+        token_type_ids     [1, T] int64, 1 for image tokens: they see one another (Gemma 3)
+        for Qwen2.5-Omni with audio:
+        input_features          [1, 128, F] float32
+        feature_attention_mask  [1, F] int64, 1 for frames of the sample: the audio tower sees no others
 
-        Raises CalibrationError for an empty text, an image that can't be read or doesn't fit, and a checkpoint without a
-        chat template or processor where the sample needs one.
+        Raises CalibrationError for an empty text, an image or audio that can't be read or doesn't fit, and a checkpoint without
+        a chat template or processor where the sample needs one.
         """
         if not sample.text.strip():
             raise CalibrationError(f"{sample.name}: its text is empty")
         if any("\ud800" <= char <= "\udfff" for char in sample.text + (sample.prompt or "")):
             raise CalibrationError(f"{sample.name}: its text is not valid Unicode: it holds half of a surrogate pair")
-        if sample.image:
-            inputs = self._encode_image(sample, sample.image)
+        if sample.image or sample.audio:
+            inputs = self._encode_media(sample)
         else:
             plain = sample.prompt is None
             text = sample.text if plain else self._render(sample, as_parts=self._has_processor)
@@ -77,41 +86,69 @@ class Encoder:
             encoded = self._tokenizer(text, add_special_tokens=plain, return_tensors="pt")
             inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         tokens = inputs["input_ids"].shape
-        return {name: t[:, : self._sequence_length] if t.shape == tokens else t for name, t in inputs.items()}
+        cut = {name for name, t in inputs.items() if t.shape == tokens and name not in _OF_AUDIO}
+        return {name: t[:, : self._sequence_length] if name in cut else t for name, t in inputs.items()}
 
-    def _encode_image(self, sample: Sample, path: Path) -> dict[str, torch.Tensor]:
+    def _encode_media(self, sample: Sample) -> dict[str, torch.Tensor]:
         processor = self._processor
-        for token in processor.all_special_multimodal_tokens:
+        for token in _reserved(processor):
             if token in sample.text or token in (sample.prompt or ""):
                 raise CalibrationError(f"{sample.name}: its text holds {token}, which the checkpoint reserves for images and such")
-        image = read_image(path)
+        media: dict[str, list[Any]] = {}
+        size = ""
+        if sample.audio:
+            media["audio"] = [self._read_audio(sample.audio)]
+        if sample.image:
+            image = read_image(sample.image)
+            media["images"], size = [image], f" of {image.width} x {image.height} pixels"
+        kinds = {1: sample.image, 3: sample.audio}  # as `create_mm_token_type_ids` numbers them
+        what = " and ".join(_KINDS[kind] for kind, path in kinds.items() if path)
+        called = " and ".join(path.name for path in kinds.values() if path)
         text = self._render(sample, as_parts=True)
         try:
-            encoded = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt")
-        except ValueError as error:
+            encoded = processor(**media, text=[text], add_special_tokens=False, return_tensors="pt")
+        except (ValueError, TypeError) as error:
             raise CalibrationError(
-                f"{path.name}: the checkpoint's processor refuses this image of {image.width} x {image.height} pixels: {error}",
-                hint="take the image out of the calibration set",
+                f"{called}: the checkpoint's processor refuses this {what}{size}: {error}",
+                hint=f"take the {what} out of the calibration set",
             ) from error
         inputs = dict(encoded)
         (types,) = processor.create_mm_token_type_ids(inputs["input_ids"])
-        if not any(types):
-            raise CalibrationError(
-                f"{sample.name}: the checkpoint's chat template leaves the image out",
-                hint="calibrate it with source: text",
-            )
+        for kind, path in kinds.items():
+            if path and kind not in types:
+                raise CalibrationError(
+                    f"{sample.name}: the checkpoint's chat template leaves the {_KINDS[kind]} out",
+                    hint="calibrate it with source: text",
+                )
         end = max(i for i, kind in enumerate(types) if kind) + 1
         if end > self._sequence_length:
             raise CalibrationError(
-                f"{path.name}: its {sum(map(bool, types))} image tokens end at token {end}, after "
+                f"{called}: its {sum(map(bool, types))} {what} tokens end at token {end}, after "
                 f"calibration.sequence_length = {self._sequence_length}",
-                hint=f"set calibration.sequence_length to {end} or more, or a lower calibration.max_pixels",
+                hint=f"set calibration.sequence_length to {end} or more"
+                + ", or a lower calibration.max_pixels" * bool(sample.image),
             )
         return inputs
 
+    def _read_audio(self, path: Path) -> Any:
+        """F32 [T]. The server resamples; ckptq does not, and wants what the checkpoint's processor takes."""
+        extractor = getattr(self._processor, "feature_extractor", None)
+        if extractor is None:
+            raise CalibrationError(
+                f"{path.name}: audio, for which the checkpoint has no processor", hint="take it out of the calibration set"
+            )
+        samples, rate = read_wav(path)
+        if rate != extractor.sampling_rate:
+            raise CalibrationError(
+                f"{path.name}: {rate} samples a second, the checkpoint's processor takes {extractor.sampling_rate}",
+                hint=to_wav(path, extractor.sampling_rate),
+            )
+        return samples
+
     def _render(self, sample: Sample, *, as_parts: bool) -> str:
         """The conversation as the chat template writes it; processors' templates take content as a list of parts."""
-        user = [{"type": "image"}] if sample.image else []
+        user = [{"type": "audio"}] if sample.audio else []
+        user += [{"type": "image"}] if sample.image else []
         if sample.prompt is not None:
             user.append({"type": "text", "text": sample.prompt})
         answer = [{"type": "text", "text": sample.text}]
@@ -168,11 +205,12 @@ class Encoder:
 
 
 def _build_processor(folder: Path, tokenizer: Any, settings: dict[str, Any], max_pixels: int | None) -> Any:
-    """transformers' own processor of that checkpoint, with the PIL image processor and without one for video or audio.
+    """transformers' own processor of that checkpoint, with the PIL image processor and without one for video.
 
     AutoProcessor would insist on a video processor, which transformers 5.17 has for torchvision alone, and so does the name
     `transformers.AutoImageProcessor`, though not the class behind it.
     """
+    from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
@@ -182,7 +220,23 @@ def _build_processor(folder: Path, tokenizer: Any, settings: dict[str, Any], max
     # `None` is no video processor, and transformers would say so
     processor_class: Any = type(base.__name__, (base,), {"check_argument_for_proper_class": lambda *_: None})
     parts = {"tokenizer": tokenizer, "image_processor": image_processor}
-    return processor_class.from_args_and_dict([parts.get(name) for name in base.get_attributes()], settings)
+    if "feature_extractor" in base.get_attributes():
+        parts["feature_extractor"] = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Omni processors ask for its merge_size, video or none; it is the image processor's.
+        parts["video_processor"] = image_processor
+    processor = processor_class.from_args_and_dict([parts.get(name) for name in base.get_attributes()], settings)
+    for kind in _KINDS.values():  # Omni processors tell tokens alone, and `create_mm_token_type_ids` looks for ids
+        token = getattr(processor, f"{kind}_token", None)
+        if token is not None and getattr(processor, f"{kind}_token_ids") == [None]:
+            setattr(processor, f"{kind}_token_ids", [tokenizer.convert_tokens_to_ids(token)])
+    return processor
+
+
+def _reserved(processor: Any) -> tuple[str, ...]:
+    """Tokens that stand for an image and such in a text, and those that take their place: Gemma 3 has one of each."""
+    ids = (*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids)
+    tokens = processor.tokenizer.convert_ids_to_tokens([i for i in ids if i is not None])
+    return (*processor.all_special_multimodal_tokens, *filter(None, tokens))
 
 
 def _processor_class(folder: Path) -> Any:

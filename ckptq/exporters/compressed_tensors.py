@@ -20,7 +20,8 @@ The global scales divide, all others multiply: value ~ code * weight_scale / wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -82,7 +83,7 @@ def quantization_config(layout: Layout) -> dict[str, Any]:
     schemes = layout.schemes
     formats = {SCHEMES[name] for name in schemes}
     groups = {
-        f"group_{i}": _group(find_scheme(name), ["Linear"] if len(schemes) == 1 else list(modules))
+        f"group_{i}": _group(find_scheme(name), ["Linear"] if len(schemes) == 1 else _single(modules, layout))
         for i, (name, modules) in enumerate(schemes.items())
     }
     kv = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
@@ -129,8 +130,27 @@ def ignore(layout: Layout) -> list[str]:
     """The output head and single linears by their exact names, towers as an expression.
 
     vLLM 0.32.0 compressed_tensors/utils.py: names count whole and follow the model's prefix rules; expressions are matched against
-    the server's own names, as they stand. Embeddings are no linear.
+    the server's own names, as they stand. Embeddings are no linear. Of several stages single linears are expressions, too: see
+    modelopt.exclude_modules. Routed experts are asked for one by one: compressed_tensors_moe.py get_moe_method.
     """
     parts = [part for part in layout.kept_parts if not part.endswith("embed_tokens")]
-    listed = [part if part == "lm_head" else rf"re:.*\b{part.rpartition('.')[2]}\..*" for part in parts]
-    return sorted([*listed, *layout.kept_linears])
+    listed = [part if part.endswith("lm_head") else rf"re:.*\b{_tail(part)}\..*" for part in parts]
+    linears = _single(layout.kept_linears, layout)
+    experts = [rf"re:.*\b{re.escape(_in_layers(name))}\..*" for name in layout.kept_experts]
+    return sorted([*listed, *linears, *experts])
+
+
+def _in_layers(name: str) -> str:
+    """`model.language_model.layers.3.mlp.experts` -> `layers.3.mlp.experts`, which ends the server's name as well."""
+    parts = name.split(".")
+    return ".".join(parts[next(i for i, part in enumerate(parts) if part.isdigit()) - 1 :])
+
+
+def _tail(part: str) -> str:
+    """The last word of a name, with the number that may follow it: `visual`, `layers.61`."""
+    return re.escape(re.search(r"[^.]+(\.\d+)*$", part)[0])  # type: ignore[index]
+
+
+def _single(modules: Sequence[str], layout: Layout) -> list[str]:
+    """Single linears: names, or expressions for what follows the stage."""
+    return ["re:.*" + re.escape(m.removeprefix(layout.stage)) + "$" if layout.stage else m for m in modules]

@@ -27,7 +27,12 @@ _HINT = "choose another export.format: `ckptq recipes --schemes` shows what goes
 
 
 def check(layout: Layout) -> None:
-    """Raises RecipeError for more than one scheme, and for an FP8 KV cache."""
+    """Raises RecipeError for more than one scheme, an FP8 KV cache, and a checkpoint of several stages."""
+    if layout.stage:
+        raise RecipeError(
+            f"quant_method fp8 excludes by exact names alone, and each server has its own for what is beside the {layout.stage}",
+            hint=_HINT,
+        )
     if len(layout.schemes) > 1:
         raise RecipeError(
             f"schemes {', '.join(layout.schemes)}: quant_method fp8 has one activation_scheme and one block size for all linears",
@@ -69,7 +74,7 @@ def quantization_config(layout: Layout) -> dict[str, Any]:
     section: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "static" if name == "fp8" else "dynamic"}
     if name == "fp8-block":
         section["weight_block_size"] = [128, 128]
-    return {**section, "modules_to_not_convert": sorted({*layout.kept_outside, *layout.kept_linears})}
+    return {**section, "modules_to_not_convert": sorted({*layout.kept_outside, *layout.kept_linears, *layout.kept_experts})}
 
 
 def extra_files(layout: Layout) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from ckptq import __version__
 from ckptq.checkpoint import TensorSpec
+from ckptq.errors import RecipeError
 from ckptq.plan import Encode, Layout, Observer, Op, QuantizedGroup, Scale
 from ckptq.schemes import Scheme
 
@@ -44,7 +45,17 @@ MIXED = "MIXED_PRECISION"
 
 
 def check(layout: Layout) -> None:
-    """Nothing to refuse: schemes may be mixed, and each goes with an FP8 KV cache."""
+    """Schemes may be mixed, and each goes with an FP8 KV cache. Raises RecipeError for routed experts in a form that none reads.
+
+    vLLM 0.32.0 modelopt.py: FusedMoEMethodCls of all FP8 algorithms is ModelOptFp8MoEMethod, per tensor with static activations.
+    """
+    for group in layout.groups:
+        if group.routed and group.scheme.name in ("fp8-dynamic", "fp8-block"):
+            raise RecipeError(
+                f"scheme {group.scheme.name} for routed experts: under quant_method modelopt the server reads their FP8 "
+                "per tensor, with static activations, and no other",
+                hint="give routed experts the scheme fp8, or take export.format compressed-tensors",
+            )
 
 
 def linear_ops(module: str, weight: TensorSpec, group: QuantizedGroup) -> tuple[Op, ...]:
@@ -89,7 +100,7 @@ def _config_groups(layout: Layout) -> dict[str, Any]:
 
     vLLM 0.32.0 modelopt.py ModelOptNvFp4Config takes NVFP4 for weight-only where no group has input_activations.
     """
-    if len(layout.schemes) > 1:
+    if len(layout.schemes) > 1 or layout.listed:
         return {}
     numbers: dict[str, Any] = {
         "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
@@ -100,12 +111,12 @@ def _config_groups(layout: Layout) -> dict[str, Any]:
 
 
 def _algo(layout: Layout) -> dict[str, Any]:
-    """quant_algo; of a mixed layout also each linear's own, by its name.
+    """quant_algo; of a mixed layout, and of one that must be listed, also each linear's own, by its name.
 
-    vLLM 0.32.0 modelopt.py ModelOptMixedPrecisionConfig builds what is not listed as it is.
+    vLLM 0.32.0 modelopt.py ModelOptMixedPrecisionConfig builds what is not listed as it is, a linear without a name, too.
     """
     schemes = layout.schemes
-    if len(schemes) == 1:
+    if len(schemes) == 1 and not layout.listed:
         name = next(iter(schemes))
         return {"quant_algo": SCHEMES[name], **_group_size(name)}
     layers = {module: {"quant_algo": SCHEMES[name], **_group_size(name)} for name, modules in schemes.items() for module in modules}
@@ -131,9 +142,21 @@ def exclude_modules(layout: Layout) -> list[str]:
 
     vLLM 0.32.0 modelopt.py is_layer_excluded: a fused linear is skipped only where every shard is listed exactly; a trailing
     `*` becomes `X` and `X.*`; anything else also matches as a substring of the server's name.
+
+    Of several stages: vLLM-Omni 0.30.0 model_executor/models/qwen2_5_omni maps no names and has `thinker.language_model.model`
+    where vLLM has `language_model.model` and the files `thinker.model`. A bare lm_head and globs on the end of a name reach both.
     """
-    parts = [part if part in ("lm_head",) or part.endswith("embed_tokens") else f"{part}*" for part in layout.kept_parts]
-    return sorted([*parts, *layout.kept_linears])
+    parts = [_last(part) if _is_head(part) else part if part.endswith("embed_tokens") else f"{part}*" for part in layout.kept_parts]
+    globs = [f"*{name.removeprefix(layout.stage)}" for name in layout.kept_fused]
+    return sorted([*parts, *layout.kept_linears, *layout.kept_experts, *globs])
+
+
+def _is_head(part: str) -> bool:
+    return _last(part) == "lm_head"
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _producer() -> dict[str, str]:

@@ -29,7 +29,7 @@ _COMMAND = re.compile(r"::(?=[A-Za-z-]+[ :])")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a validation was asked for. `source` and `vllm` are named as the user named them; `server` has the rules in force."""
+    """What a validation was asked for. `source`, `vllm` and `scope` are as the user named them; `server` has the rules in force."""
 
     source: str | None = None
     values: bool = True
@@ -40,6 +40,7 @@ class Asked:
     server: Server = DEFAULT
     tp: int = 1
     ep: bool = False
+    scope: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Outcome:
     served      what the real server did, without its findings, or None where it was not asked
     built       what the server will build (`validate.figures`), or None where the config can't be read
     refusal     set where the checkpoint couldn't be judged; `findings` is empty then
+    scope       (name of the scope it was judged by, where that is: "ckptq", "--scope" or "ckptq.json"), or None
     """
 
     checkpoint: str
@@ -73,6 +75,7 @@ class Outcome:
     served: Mapping[str, Any] | None = None
     built: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
+    scope: tuple[str, str] | None = None
 
     @property
     def ok(self) -> bool:

@@ -60,6 +60,8 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
 def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
     asked = outcome.asked
     yield "rules", rules(asked.server)
+    if outcome.scope and outcome.scope[1] != "ckptq":
+        yield "scope", f"{outcome.scope[0]}, as {outcome.scope[1]} spells it out; ckptq has none of its own to compare it with"
     if outcome.built:
         yield "method", _method(outcome.built)
     yield "checked", ", ".join(_checked(outcome)) or "nothing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import median
 
@@ -51,7 +51,8 @@ _UNSET = 1.0
 """What exporters write for a scale that nothing was calibrated for, and vLLM takes where none is stored."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 _READS_NORM = re.compile(
-    r"(?P<layer>.*\.layers\.\d+)\.(?:(?P<attention>self_attn\.[qkv]_proj)|mlp\.(?:experts\.\d+\.)?(?:gate|up)_proj)"
+    r"(?P<layer>.*\.layers\.\d+)\.(?:(?P<attention>self_attn\.(?:[qkv]|qkv)_proj)|mlp\.(?:experts\.\d+\.)?(?:gate|up|gate_up)_proj"
+    r"|block_sparse_moe\.experts\.\d+\.w[13])"
 )
 _WRONG = "an amax, or one divided by a scale, may stand where the scale belongs"
 _COMPARE = "compare with --source, or calibrate and export again"
@@ -65,6 +66,7 @@ class Values:
     amaxes  {name: the amax that this means}
     tops    {name: the largest magnitude} of unquantized tensors
     codes   {name: the largest code's value} of quantized weights
+    added   what the server adds to the weights of norms
     """
 
     scales: Mapping[str, float]
@@ -72,6 +74,7 @@ class Values:
     tops: Mapping[str, float]
     codes: Mapping[str, float]
     component: Component
+    added: float = 0.0
 
     def one(self, name: str) -> float | None:
         """A scale's value, where it has one."""
@@ -81,6 +84,7 @@ class Values:
 
 def check(found: Values, scope: Scope) -> Iterator[Finding]:
     """Findings on scales beside one another, one for each scale."""
+    found = replace(found, added=scope.norm_offset)
     linears = server_linears(scope, found.component.config, found.component.tensors)
     mend = "harmless but lossy: requantize from the source with one scale for q, k and v, and one for gate and up"
     if scope.experts is None:
@@ -213,15 +217,18 @@ def _reach(module: str, found: Values) -> float | None:
     """The largest L2 norm of a row of the module's input, where an RMS norm made it: sqrt(n) * its largest weight.
 
     x / rms(x) has the norm sqrt(n). Holds for norms that multiply by their weight and add nothing, as all scopes' decoders have.
+    Where four norms are in a layer, the one before the MLP is `pre_feedforward_layernorm`: models/gemma3.py.
     """
     match = _READS_NORM.fullmatch(module)
     if match is None:
         return None
-    norm = f"{match['layer']}.{'input' if match['attention'] else 'post_attention'}_layernorm"
+    before = ("input",) if match["attention"] else ("pre_feedforward", "post_attention")
+    names = (f"{match['layer']}.{name}_layernorm" for name in before)
+    norm = next((name for name in names if f"{name}.weight" in found.tops), "")
     top = found.tops.get(f"{norm}.weight")
     if top is None or {f"{norm}.bias", f"{module}.pre_quant_scale"} & found.component.tensors.keys():
         return None
-    return float(top * sqrt(found.component.tensors[f"{norm}.weight"].spec.numel))
+    return float((found.added + top) * sqrt(found.component.tensors[f"{norm}.weight"].spec.numel))
 
 
 def _input_amax(module: str, found: Values) -> float | None:
@@ -244,7 +251,7 @@ def _cache_limit(module: str, turned: bool, found: Values) -> float | None:
     norm = f"{attention}.k_norm.weight"
     if turned and norm in found.component.tensors:
         top = found.tops.get(norm)
-        return None if top is None else _YARN * top * sqrt(found.component.tensors[norm].spec.numel)
+        return None if top is None else _YARN * (found.added + top) * sqrt(found.component.tensors[norm].spec.numel)
     reach, columns = _reach(module, found), _columns(module, found)
     largest = _largest_weight(module, found)
     bias = found.tops.get(f"{module}.bias", 0.0 if f"{module}.bias" not in found.component.tensors else None)

@@ -14,7 +14,7 @@ from ckptq.validators.formats import Format
 from ckptq.validators.methods import Settings, Treatment, load_method
 from ckptq.validators.vllm_rules import Parameter, ServerLinear, is_tied, parameters, server_linears
 
-_MOST_MATCHES, _MOST_PASSES = 10_000_000, 200_000
+MOST_MATCHES, _MOST_PASSES = 10_000_000, 200_000
 """Pairs of a linear and an entry; a server has some thousand linears at most, a list some hundred entries."""
 
 
@@ -83,7 +83,7 @@ def _as_stored(weight: Parameter, form: Treatment | None) -> Parameter:
 def treatments(linears: tuple[ServerLinear, ...], scope: Scope, settings: Settings) -> dict[str, Treatment]:
     """How each linear is built, by the server's name for it. Raises SourceError for a list that would take hours to match."""
     places = len({linear.prefix for linear in linears})
-    if places * len(settings.exclude) > _MOST_MATCHES:
+    if places * len(settings.exclude) > MOST_MATCHES:
         raise SourceError(
             f"{settings.file}.{settings.key}: {len(settings.exclude)} entries against {places} linears: too many to match"
         )

@@ -151,8 +151,9 @@ def _missing(owners: dict[str, str], slots: dict[str, KVSlot], at: Expected) -> 
             "vLLM quantizes the cache with scale 1.0: good enough where |K| and |V| stay below 448", "calibrate the KV cache",
         )  # fmt: skip
         return
-    for module, attention in owners.items():
-        kind = "k" if at.scope.canonical(module).endswith(at.scope.kv[0]) else "v"
+    parts = dict(zip("kv", at.scope.kv, strict=True))  # one module where the file holds q, k and v as one
+    for module, kind in ((m, kind) for m in owners for kind, part in parts.items() if at.scope.canonical(m).endswith(f".{part}")):
+        attention = owners[module]
         if (attention, kind) not in have:
             other = (attention, "v" if kind == "k" else "k") in have
             if at.settings.method == "compressed-tensors" or not other:

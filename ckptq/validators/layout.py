@@ -172,6 +172,8 @@ def _not_excluded(module: str, linear: ServerLinear, form: Format, at: Expected,
     key, both = at.settings.key, at.settings.method == "modelopt" and at.settings.file.startswith("config.json")
     lists = f"{key} in config.json and exclude_modules in hf_quant_config.json" if both else key
     mend = f"add it to {lists}. {how}"
+    if not linear.prefix:
+        mend = "vLLM builds it without a name, so no entry reaches it: write quant_algo MIXED_PRECISION with quantized_layers"
     if at.settings.format == MIXED:
         mend = "take it off quantized_layers in both files; of a fused linear one shard on the list is enough to quantize all of it"
     if form.weight != "weight" or form.packed > 1:

@@ -150,11 +150,11 @@ def _kv_per_rank(kv: int, tp: int) -> int | None:
 
 def _tower_heads(scope: Scope, config: Mapping[str, Any], tp: int) -> Iterator[Finding]:
     for tower in scope.towers:
-        section = tower.depth.partition(".")[0]
-        heads = _count(_mapping(config.get(section)), "num_heads")
+        section = tower.depth.rpartition(".")[0]
+        heads = _count(tower.config(config), tower.heads)
         if heads is not None and heads % tp:
             yield error(
-                "parallel.tower-heads", f"config.json: {section}.num_heads", f"a multiple of {tp}", f"{heads}", _RAISES,
+                "parallel.tower-heads", f"config.json: {section}.{tower.heads}", f"a multiple of {tp}", f"{heads}", _RAISES,
                 f"{_OTHER_TP}, or with --mm-encoder-tp-mode data, which repeats the tower on each rank",
             )  # fmt: skip
 
@@ -221,10 +221,13 @@ def _linear(cut: _Cut, sizes: list[tuple[int, int]], heads: tuple[int, int] | No
     if cut.split == "heads":
         if heads is None or heads[0] % cut.tp or (kv := _kv_per_rank(heads[1], cut.tp)) is None:
             return
-        # A tower stores q, k and v as one module, in three equal parts.
-        rows = [rows[0] // 3] * 3 if len(rows) == 1 else rows
+        if len(rows) == 1:  # q, k and v stored as one
+            head = rows[0] // (heads[0] + 2 * heads[1])
+            rows = [head * count for count in (heads[0], heads[1], heads[1])]
         rows = [rows[0] // cut.tp, *(n // heads[1] * kv for n in rows[1:])]
     elif cut.split == "rows":
+        if len(rows) == 1 and cut.linear.prefix.endswith(".gate_up_proj"):  # stored as one: models/phi3.py
+            rows = [rows[0] // 2] * 2
         if any(n % cut.tp for n in rows):
             yield _uneven(cut, "rows", max(rows, key=lambda n: n % cut.tp))
             return
@@ -289,7 +292,7 @@ def _head_counts(scope: Scope, config: Mapping[str, Any], linear: ServerLinear) 
     """(heads, KV heads) of the part that a linear is in."""
     if linear.part == "tower":
         tower = next((t for t in scope.towers if linear.prefix.startswith(server_name(f"{t.prefix}.", scope))), None)
-        heads = _count(_mapping(config.get(tower.depth.partition(".")[0])), "num_heads") if tower else None
+        heads = _count(tower.config(config), tower.heads) if tower else None
         return (heads, heads) if heads is not None else None
     text = scope.text(config)
     heads, kv = _count(text, "num_attention_heads"), _count(text, "num_key_value_heads")
@@ -314,10 +317,6 @@ def _count(section: Mapping[str, Any], key: str) -> int | None:
     """A positive integer of config.json, else None: what is no number is for others to report."""
     value = section.get(key)
     return value if type(value) is int and value > 0 else None
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _up(size: int, step: int) -> int:

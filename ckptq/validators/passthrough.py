@@ -34,7 +34,6 @@ TWICE, FEW = 2.0, 0.01
 """Rounding a second time, under a scale beside the first, moves few weights beyond the bound, and none beyond twice the bound."""
 SAMPLE, EVERY = 1 << 16, 128
 """Of a sample: values in one of its parts, and how many parts there are for each that is compared."""
-_HEAD = "lm_head.weight"
 _PACKED = "weight_packed"
 
 
@@ -110,7 +109,11 @@ def _read_by_server(names: Sequence[str], own: Component, scope: Scope, reader: 
     """(name, whether the server reads it) of names that one side lacks. A tied head that repeats the embeddings does not count."""
     known = {p.name for p in parameters(scope, own.config, own.tensors)} if names else set()
     for name in names:
-        if scope.canonical(name) != _HEAD or not is_tied(scope, own.config) or not _repeats_embeddings(name, own, reader):
+        if (
+            scope.canonical(name) != f"{scope.head}.weight"
+            or not is_tied(scope, own.config)
+            or not _repeats_embeddings(name, own, reader)
+        ):
             yield name, name in known
 
 

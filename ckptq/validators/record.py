@@ -49,6 +49,14 @@ class Record:
     kv_calibrated: bool = False
 
 
+def body(folder: Path) -> Any:
+    """What ckptq.json holds; None where it is absent or no JSON, which `read` makes a finding of."""
+    try:
+        return read_json(folder / RECORD, INDEX_LIMIT)
+    except (FileNotFoundError, SourceError, OSError):
+        return None
+
+
 def read(folder: Path) -> tuple[Record | None, list[Finding]]:
     """(the record, or None where there is none or it makes no sense; findings on itself)."""
     try:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ckptq.checkpoint import FLOATS
 from ckptq.scopes import Scope
 from ckptq.validators import Code, Finding, error, warning
-from ckptq.validators.expected import Expected
-from ckptq.validators.formats import SCALE_KINDS, WEIGHT_KINDS
+from ckptq.validators.expected import MOST_MATCHES, Expected
+from ckptq.validators.formats import SCALE_KINDS, WEIGHT_KINDS, Format
 from ckptq.validators.kv import KV_KINDS, layer_slot
 from ckptq.validators.layout import otherwise_stored
 from ckptq.validators.linears import stray
+from ckptq.validators.methods import load_method
+from ckptq.validators.vllm_rules import ServerLinear, server_name
 
 _LOADER = "vLLM 0.32.0 model_executor/models/utils.py AutoWeightsLoader._load_module"
 CODES = {
     "layout.unknown-tensor": Code("a stored tensor that the server has no place for", _LOADER),
+    "layout.draft-not-excluded": Code(
+        "a linear of a draft model or another stage that would be built quantized, stored in the source's dtype",
+        "vLLM 0.32.0 model_executor/models/qwen3_next_mtp.py, deepseek_mtp.py: the same quantization config builds them",
+    ),
     "layout.kv-on-tower": Code("KV scales outside the language model", _LOADER),
     "layout.tied-head": Code("an lm_head beside a flag that ties it to the embeddings", "vLLM 0.26 models/qwen2.py load_weights"),
 }
@@ -29,10 +36,11 @@ def check(at: Expected) -> Iterator[Finding]:
     """Findings on tensors that are no parameter and no scale of a quantized linear or of the KV cache."""
     on_towers = [name for name in at.tensors if name.endswith(KV_KINDS) and _tower(name, at.scope) is not None]
     yield from _kv_on_tower(on_towers, at.scope)
+    yield from _drafts(at)
     known = {*at.parameters, *on_towers}
     for name in at.tensors:
         module, _, kind = name.rpartition(".")
-        if name in known or (kind in SCALE_KINDS and module in at.linears) or layer_slot(name, at):
+        if name in known or at.scope.skips(name) or (kind in SCALE_KINDS and module in at.linears) or layer_slot(name, at):
             continue
         if kind in WEIGHT_KINDS and otherwise_stored(module, at):
             continue
@@ -51,12 +59,32 @@ def check(at: Expected) -> Iterator[Finding]:
                 "rename it (scales are weight_scale, input_scale, k_scale, v_scale; weight_scale_inv in blocks of method fp8), "
                 "remove it, or mend config.json",
             )  # fmt: skip
-    if at.tied and not at.settings.server.stored_head_counts and (head := at.tensors.get("lm_head.weight")):
+    if at.tied and not at.settings.server.stored_head_counts and (head := at.tensors.get(f"{at.scope.head}.weight")):
         yield warning(
             "layout.tied-head", head.name, "none: tie_word_embeddings is set", "stored",
             "this version of vLLM passes it over and takes the embeddings, which is wrong where they differ",
             "untie the model in config.json, or remove the tensor",
         )  # fmt: skip
+
+
+def _drafts(at: Expected) -> Iterator[Finding]:
+    """Linears among what the server passes over that a draft model, built by the same settings, would take for quantized.
+
+    Of a list and tensors that would take long to match nothing is said.
+    """
+    skipped = [spec for name, spec in at.tensors.items() if name.endswith(".weight") and at.scope.skips(name)]
+    linears = [spec.name.removesuffix(".weight") for spec in skipped if len(spec.shape) == 2 and spec.dtype in FLOATS]
+    linears = [module for module in linears if "embed" not in module.rpartition(".")[2]]
+    if not linears or len(linears) * len(at.settings.exclude) > MOST_MATCHES:
+        return
+    treat = load_method(at.settings.method).matcher(at.settings, at.scope)
+    for module in linears:
+        if isinstance(treat(ServerLinear(server_name(module, at.scope), (module,), "layers")), Format):
+            yield warning(
+                "layout.draft-not-excluded", f"{module}.weight", f"listed in {at.settings.key}, as it is stored unquantized",
+                "not listed", "the model itself passes it over; a draft model or another stage would cast it to codes, silently",
+                f"add it to {at.settings.key}",
+            )  # fmt: skip
 
 
 def _dropped_when_unknown(name: str, scope: Scope) -> bool:

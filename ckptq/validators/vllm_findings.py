@@ -7,12 +7,13 @@ parameters were loaded is asked for unquantized ones alone, and by whole paramet
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptq.validators import Code, Finding, error, vllm_answers, vllm_casts, warning
 from ckptq.validators.servers import Server, minor
 from ckptq.validators.vllm_parts import KV_SCALE
+from ckptq.validators.vllm_stand_ins import AS_GOOD
 
 _LOADER = "vLLM 0.32.0 model_executor/"
 CODES = {
@@ -83,13 +84,15 @@ def _last(said: str) -> str:
     return "\n".join([line for line in said.splitlines() if line.strip()][-_LINES:])
 
 
-def findings(trace: Mapping[str, Any], name: str, stored: Sequence[str]) -> Iterator[Finding]:
-    """`name` of the checkpoint; `stored`: names of its tensors, as its headers have them."""
+def findings(
+    trace: Mapping[str, Any], name: str, stored: Sequence[str], passed_over: Container[str] = frozenset()
+) -> Iterator[Finding]:
+    """`name` of the checkpoint; `stored`: names of its tensors, as its headers have them; `passed_over`: those nobody reads."""
     if trace["error"]:
         yield _stopped(trace, name)
     if trace["stage"] in _LOADED:
         names = _Names(trace)
-        yield from _ignored(trace, stored)
+        yield from _ignored(trace, stored, passed_over)
         yield from _unwritten(trace, names)
         yield from _kv_scales(trace, names)
         yield from _truncated(trace)
@@ -119,8 +122,8 @@ def _stopped(trace: Mapping[str, Any], name: str) -> Finding:
 
 
 def _lacking(trace: Mapping[str, Any]) -> list[str]:
-    """Kernels that vLLM has for other devices. What it needs while loading alone is as good as its own."""
-    return [kernel for kernel in trace["stand_ins"] if kernel != "scaled_fp8_quant"]
+    """Kernels that vLLM has for other devices, of which something else took the place."""
+    return [kernel for kernel in trace["stand_ins"] if kernel not in AS_GOOD]
 
 
 def _not_the_servers(trace: Mapping[str, Any], name: str, lacking: Sequence[str]) -> Finding:
@@ -175,7 +178,7 @@ def _front(name: str) -> str:
     return numbered[1] if numbered else name.rpartition(".")[0]
 
 
-def _ignored(trace: Mapping[str, Any], stored: Sequence[str]) -> Iterator[Finding]:
+def _ignored(trace: Mapping[str, Any], stored: Sequence[str], passed_over: Container[str]) -> Iterator[Finding]:
     cache = any(p.get("cache", "").startswith("fp8") for p in trace["parameters"].values())
     for key in dict.fromkeys([*trace["keys"], *stored]):
         entry = trace["keys"].get(key)
@@ -186,6 +189,8 @@ def _ignored(trace: Mapping[str, Any], stored: Sequence[str]) -> Iterator[Findin
                     "server.ignored-key", key, "an FP8 KV cache, which it is for", f"a KV cache of dtype {trace['kv_cache_dtype']}",
                     "the scale is loaded and not used", "declare the FP8 KV cache in config.json, or leave the scales out",
                 )  # fmt: skip
+            continue
+        if key in passed_over:
             continue
         judged = _judge_ignored(key, cache, tied=not any(p.endswith("lm_head.weight") for p in trace["parameters"]))
         if judged is not None:

@@ -5,6 +5,7 @@ vllm_child.py does it and says which elements vLLM's loader wrote and read; vllm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,8 +19,11 @@ from typing import Any
 
 from ckptq.checkpoint import read_inventory
 from ckptq.errors import CkptqError, UnsupportedError
-from ckptq.validators import Finding, vllm_findings
+from ckptq.scopes import Scope
+from ckptq.spelled import scope_to_validate
+from ckptq.validators import Finding, record, vllm_findings
 from ckptq.validators.vllm_child import BROKEN_VLLM, NO_VLLM, OTHER_VLLM
+from ckptq.validators.vllm_rules import passed_over
 
 TIME_LIMIT = 1800.0
 """Seconds: some minutes of loading and compiling are usual, half an hour is not."""
@@ -60,9 +64,10 @@ class Served:
     image_texts: tuple[str, ...] = ()
 
 
-def load(folder: Path, python: Path, *, generate: bool = False, timeout: float = TIME_LIMIT) -> Served:
+def load(folder: Path, python: Path, *, generate: bool = False, timeout: float = TIME_LIMIT, scope: Scope | None = None) -> Served:
     """Loads `folder` with the vLLM of the interpreter `python`, in the caller's environment; with `generate` makes the engine too.
 
+    `scope`: one that is spelled out, in place of ckptq's own.
     Nothing of the checkpoint is executed: vLLM's trust_remote_code stays off. `timeout` in seconds, for all of it.
     The process and all that it started are gone when this returns or is interrupted.
     Raises UnsupportedError where `python` is no such interpreter, or has no vLLM that can be imported and watched.
@@ -86,7 +91,7 @@ def load(folder: Path, python: Path, *, generate: bool = False, timeout: float =
         return Served((vllm_findings.timed_out(folder.name, timeout, said),))
     if code != 0 or not text:
         return Served((vllm_findings.died(folder.name, code, said),))
-    return served(json.loads(text), folder)
+    return served(json.loads(text), folder, scope)
 
 
 def find_program(python: Path) -> str:
@@ -107,12 +112,12 @@ def version(python: Path) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def served(trace: Mapping[str, Any], folder: Path) -> Served:
+def served(trace: Mapping[str, Any], folder: Path, scope: Scope | None = None) -> Served:
     """The trace of vllm_child.py, of the checkpoint in `folder`, as findings and figures."""
     generated = trace["generated"] or {"text": "", "logprobs": [], "images": []}
     images = generated["images"]
     return Served(
-        tuple(vllm_findings.findings(trace, folder.name, _stored(folder))),
+        tuple(vllm_findings.findings(trace, folder.name, *_stored(folder, scope))),
         trace["version"],
         str(trace["quantization"] or ""),
         trace["seconds"].get("model", 0.0),
@@ -126,11 +131,15 @@ def served(trace: Mapping[str, Any], folder: Path) -> Served:
     )
 
 
-def _stored(folder: Path) -> list[str]:
-    try:
-        return list(read_inventory(folder, strict=False).main.tensors)
-    except CkptqError:
-        return []  # said elsewhere; what vLLM itself met is in the trace
+def _stored(folder: Path, scope: Scope | None) -> tuple[list[str], frozenset[str]]:
+    """(names of the checkpoint's tensors, those of which it is known that vLLM does not read them)."""
+    names: list[str] = []
+    with contextlib.suppress(CkptqError):  # said elsewhere; what vLLM itself met is in the trace
+        main = read_inventory(folder, strict=False).main
+        names = list(main.tensors)
+        scope, _ = scope_to_validate(main.config, scope, lambda: record.body(folder))
+        return names, passed_over(scope, main.config, names)
+    return names, frozenset()
 
 
 # --- the process ---

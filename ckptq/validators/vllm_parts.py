@@ -79,7 +79,7 @@ def _shards(
     parts = packed.get(owner.rpartition(".")[2], ())
     widths = getattr(module, "output_partition_sizes", ())
     if leaf.startswith(("w13_", "w2_")) and shape:
-        yield from _experts(leaf, shape, elements)
+        yield from _experts(module, leaf, shape, elements)
     elif len(parts) > 1 and len(parts) == len(widths) and shape:
         # Rows of a weight or bias, blocks of rows of a block scale, or one scale a shard (linear.py, parameter.py).
         block = max(1, -(-sum(widths) // shape[0]))
@@ -95,17 +95,21 @@ def _shards(
         yield "", 0, elements
 
 
-def _experts(leaf: str, shape: Sequence[int], elements: int) -> Iterator[tuple[str, int, int]]:
-    """fused_moe/routed_experts.py _load_w13: gate_proj is the first half of an expert's rows, up_proj the second."""
+def _experts(module: Any, leaf: str, shape: Sequence[int], elements: int) -> Iterator[tuple[str, int, int]]:
+    """fused_moe/routed_experts.py _load_w13: gate_proj is the first half of an expert's rows, up_proj the second.
+
+    It knows what checkpoints call them: Mixtral's w1, w3 and w2.
+    """
+    gate, up, down = (getattr(module, f"ckpt_{part}_proj_name", f"{part}_proj") for part in ("gate", "up", "down"))
     one = elements // shape[0]
     for expert in range(shape[0]):
         if leaf.startswith("w2_"):
-            yield f"{expert}.down_proj", expert * one, (expert + 1) * one
+            yield f"{expert}.{down}", expert * one, (expert + 1) * one
         elif len(shape) > 1 and shape[1] % 2 == 0:
-            yield f"{expert}.gate_proj", expert * one, expert * one + one // 2
-            yield f"{expert}.up_proj", expert * one + one // 2, (expert + 1) * one
+            yield f"{expert}.{gate}", expert * one, expert * one + one // 2
+            yield f"{expert}.{up}", expert * one + one // 2, (expert + 1) * one
         else:
-            yield f"{expert}.gate_proj", expert * one, (expert + 1) * one
+            yield f"{expert}.{gate}", expert * one, (expert + 1) * one
 
 
 def kernels(model: Any) -> dict[str, int]:

@@ -6,12 +6,12 @@ to vllm/model_executor of that version. Which linears are built quantized is for
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckptq.scopes import MOST_LAYERS, Fused, Scope
+from ckptq.scopes import Fused, Scope
+from ckptq.validators import towers
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,32 @@ def parameters(scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -
     """
     names = list(stored)
     spell = speller(scope, names)
-    sizes = _sizes(scope, config)
+    text, sizes = scope.text(config), _sizes(scope, config)
     tied = is_tied(scope, config)
     found = []
-    for name, dims in scope.parameters.items():
-        shape = tuple(sizes.get(d) for d in dims.split())
-        required = not (tied and name == "lm_head.weight")
-        found += [Parameter(spell(place), shape, required) for place in _places(name, scope, config, names)]
+    for name, said in scope.parameters.items():
+        dims, _, flags = said.partition(" if ")
+        if flags and not any((config if flag in config else text).get(flag) for flag in flags.split(" or ")):
+            continue
+        tower = towers.tower_of(name, scope)
+        words = sizes | towers.sizes(tower, config) if tower else sizes
+        shape = tuple(int(d) if d.isdecimal() else words.get(d) for d in dims.split())
+        required = not (tied and name == f"{scope.head}.weight")
+        read = towers.reads(name, scope, config, names)
+        found += [Parameter(spell(place), shape, required and read(place)) for place in _places(name, scope, config, names)]
     return tuple(found)
+
+
+def passed_over(scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -> frozenset[str]:
+    """Names of tensors that any checkpoint of the family holds and the server never reads. Raises SourceError as `parameters`."""
+    names = list(stored)
+    spell = speller(scope, names)
+    return frozenset(
+        spell(place)
+        for name in scope.parameters
+        for place in _places(name, scope, config, names)
+        if not towers.reads(name, scope, config, names)(place)
+    ) | {name for name in names if scope.skips(name)}
 
 
 def speller(scope: Scope, stored: Iterable[str]) -> Callable[[str], str]:
@@ -74,8 +92,8 @@ def _places(name: str, scope: Scope, config: Mapping[str, Any], stored: Iterable
     """The canonical names that a name with `{i}`, and in layers `{e}`, stands for."""
     if "{i}" not in name:
         yield name
-    elif not name.startswith(scope.layers + "."):
-        yield from (name.replace("{i}", str(i)) for i in _blocks(name, scope, config, stored))
+    elif tower := towers.tower_of(name, scope):
+        yield from (name.replace("{i}", str(i)) for i in towers.blocks(name, tower, scope, config, stored))
     else:
         sparse, dense = _only_in(name.removeprefix(f"{scope.layers}.{{i}}."), scope)
         for layer in range(scope.layer_count(config)):
@@ -95,56 +113,32 @@ def _only_in(relative: str, scope: Scope) -> tuple[bool, bool]:
     return sparse, not sparse and relative.startswith(experts.dense)
 
 
-def _blocks(name: str, scope: Scope, config: Mapping[str, Any], stored: Iterable[str]) -> range:
-    """The numbers of a tower's blocks, from config.json, or from what is stored where it does not tell."""
-    tower = next(t for t in scope.towers if name.startswith(t.prefix + "."))
-    section, _, key = tower.depth.partition(".")
-    found = config.get(section)
-    depth = found.get(key) if isinstance(found, Mapping) else None
-    if type(depth) is int:
-        return range(min(depth, MOST_LAYERS))
-    blocks = re.compile(re.escape(name[: name.index("{i}")]) + r"(\d{1,4})\.")
-    return range(max((int(m[1]) + 1 for n in stored if (m := blocks.match(scope.canonical(n)))), default=0))
-
-
-def _vision(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    section = config.get("vision_config")
-    return section if isinstance(section, Mapping) else {}
-
-
 def _sizes(scope: Scope, config: Mapping[str, Any]) -> dict[str, int]:
-    """The dimensions that config.json tells.
+    """The dimensions of the language model that config.json tells; a tower's are in its scope.
 
     head_dim is hidden_size / num_attention_heads in models/qwen2.py Qwen2Attention; models/qwen3_moe.py Qwen3MoeAttention takes
     the config's own where it has one.
     """
-    text, vision = scope.text(config), _vision(config)
+    text = scope.text(config)
     sizes = {
         "vocab": text.get("vocab_size"),
         "hidden": text.get("hidden_size"),
         "intermediate": text.get("intermediate_size"),
-        "vision": vision.get("hidden_size"),
-        "vision_mlp": vision.get("intermediate_size"),
-        "vision_out": vision.get("out_hidden_size"),
-        "patch": vision.get("patch_size"),
-        "frames": vision.get("temporal_patch_size"),
-        "channels": vision.get("in_channels", 3),
         "moe": text.get("moe_intermediate_size"),
         "experts": text.get(scope.experts_key(config)),
     }
     known = {name: size for name, size in sizes.items() if isinstance(size, int)}
     heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    kv_heads = heads if kv_heads is None else kv_heads  # transformers 5.19.0 models/llama/configuration_llama.py
     if isinstance(heads, int) and heads > 0 and "hidden" in known:
         head = text.get("head_dim")
         known["head"] = head if isinstance(head, int) and scope.explicit_head_dim else known["hidden"] // heads
         known["q"] = known["head"] * heads
         if isinstance(kv_heads, int):
             known["kv"] = known["head"] * kv_heads
-    if "vision" in known:
-        known["vision_qkv"] = 3 * known["vision"]
-        merge = vision.get("spatial_merge_size")
-        if isinstance(merge, int):
-            known["merged"] = known["vision"] * merge**2
+            known["qkv"] = known["q"] + 2 * known["kv"]
+    if "intermediate" in known:
+        known["gate_up"] = 2 * known["intermediate"]
     return known
 
 
@@ -169,12 +163,13 @@ def server_linears(scope: Scope, config: Mapping[str, Any], stored: Iterable[str
                 found.append(ServerLinear(f"{server_at}.{scope.experts.runtime}" if scope.experts else "", shards, "experts"))
     for tower in scope.towers:
         for fused in tower.linears:
-            numbers = _blocks(f"{tower.prefix}.{fused.runtime}", scope, config, names) if "{i}" in fused.runtime else range(1)
-            for i in numbers:
+            for i in towers.numbers(fused, tower, scope, config, names):
                 shards = tuple(_module(f"{tower.prefix}.{s.replace('{i}', str(i))}", spell) for s in fused.shards)
                 prefix = server_name(f"{tower.prefix}.{fused.runtime.replace('{i}', str(i))}", scope)
                 found.append(ServerLinear(prefix, shards, "tower"))
-    heads = {server_name(f"{kept}.", scope).removesuffix("."): kept for kept in scope.kept}
+    # models/qwen3_vl.py builds its head under the checkpoint's own name, and maps the name all the same.
+    heads = {kept: kept for kept in scope.kept} | {server_name(f"{kept}.", scope).removesuffix("."): kept for kept in scope.kept}
+    heads[""] = scope.head
     return (*found, *(ServerLinear(prefix, (_module(heads[prefix], spell),), "head") for prefix in scope.server_kept))
 
 
@@ -194,7 +189,7 @@ def expert_names(scope: Scope) -> tuple[str, ...]:
 def packed_modules(scope: Scope) -> dict[str, tuple[str, ...]]:
     """{last part of a fused linear's name: last parts of its shards}: the model's packed_modules_mapping."""
     linears = (*scope.linears, *(fused for tower in scope.towers for fused in tower.linears))
-    return {_last(f.runtime): tuple(map(_last, f.shards)) for f in linears if len(f.shards) > 1}
+    return {_last(f.runtime): tuple(map(_last, f.shards)) for f in linears if len(f.shards) > 1 and f.packed}
 
 
 def _last(name: str) -> str:

@@ -6,11 +6,14 @@ On any other device nothing of vLLM is touched.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+AS_GOOD = ("scaled_fp8_quant", "silu_and_mul_quant")
+"""Those whose results are what the server's own would be."""
 _EXPERT_METHODS = ("fp8", "modelopt", "compressed_tensors.compressed_tensors_moe", "quark.quark_moe", "online.fp8", "online.mxfp8")
 
 
@@ -18,10 +21,12 @@ _EXPERT_METHODS = ("fp8", "modelopt", "compressed_tensors.compressed_tensors_moe
 def stand_in(used: list[str]) -> Iterator[None]:
     """On a CPU, stands in for what vLLM 0.32.0 has for GPUs alone, so that a checkpoint can be loaded here.
 
-    scaled_fp8_quant  (_custom_ops.py): x / scale, clamped, to float8_e4m3fn, which fused linears need whose shards differ in scale
-    linear kernels    vLLM's own emulations for NVFP4 and MXFP8. For FP8 blocks, MXFP4 and NVFP4 of weights alone, whose kernels
-                      need a GPU, the dequantized weight times activations as they are
-    FP8 MoE           no kernel: what its post-processing makes of weights and scales stays vLLM's
+    scaled_fp8_quant    (_custom_ops.py): x / scale, clamped, to float8_e4m3fn, for fused linears whose shards differ in scale
+    silu_and_mul_quant  (layers/fusion/fused_act_quant.py), which Llama's MLP calls before a linear of static FP8: the plain
+                        activation, which that linear quantizes itself, as it does where nothing is fused
+    linear kernels      vLLM's own emulations for NVFP4 and MXFP8. For FP8 blocks, MXFP4 and NVFP4 of weights alone, whose kernels
+                        need a GPU, the dequantized weight times activations as they are
+    FP8 MoE             no kernel: what its post-processing makes of weights and scales stays vLLM's
 
     Elsewhere it does nothing. `used` gets the names of those that were needed.
     """
@@ -33,6 +38,7 @@ def stand_in(used: list[str]) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     try:
         _stand_in_quant(used, undo)
+        _stand_in_activation(used, undo)
         _stand_in_linears(used, undo)
         _stand_in_experts(used, undo)
         yield
@@ -72,6 +78,27 @@ def _stand_in_quant(used: list[str], undo: list[Callable[[], None]]) -> None:
         return (input.float() / scale.float()).clamp(-limit, limit).to(torch.float8_e4m3fn), scale
 
     _swap(undo, _custom_ops, "scaled_fp8_quant", scaled_fp8_quant)
+
+
+def _stand_in_activation(used: list[str], undo: list[Callable[[], None]]) -> None:
+    import torch
+
+    name = "vllm.model_executor.layers.fusion.fused_act_quant"  # which vLLM 0.26.0 lacks
+    if importlib.util.find_spec(name) is None or hasattr(torch.ops._C, "silu_and_mul_quant"):
+        return
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+    def plain(x: Any, linear: Any) -> Any:
+        _use(used, "silu_and_mul_quant")
+        return SiluAndMul.forward_native(x)
+
+    table = importlib.import_module(name)._FUSED_ACT_QUANT
+    key = (SiluAndMul, kFp8StaticTensorSym)
+    before = table.get(key)
+    if before is not None:
+        table[key] = plain
+        undo.append(lambda: table.update({key: before}))
 
 
 def _stand_in_linears(used: list[str], undo: list[Callable[[], None]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -89,25 +90,39 @@ def read_table(version: str = DEFAULT.version) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def judge(chosen: Iterable[Mutant], work: Path, server: Server = DEFAULT) -> list[Verdict]:
-    """Validates each mutant for a version of the server, with what it needs to be seen.
+def judge(chosen: Iterable[Mutant], work: Path, servers: Sequence[Server] = (DEFAULT,)) -> dict[str, list[Verdict]]:
+    """{version: its verdicts}: validates each mutant for those versions of the server that it was recorded with.
 
-    That is the source, or the record in ckptq.json, which is removed elsewhere. Mutants are made one after the other in `work`.
+    With what it needs to be seen: the source, or the record in ckptq.json, which is removed elsewhere. Mutants are made one after
+    the other in `work`, of links to the good export's files: an edit puts a new file in the place of what it changes.
     """
-    table = read_table(server.version)
-    verdicts = []
+    tables = {server.version: read_table(server.version) for server in servers}
+    verdicts: dict[str, list[Verdict]] = {version: [] for version in tables}
+    before: dict[Path, int] = {}
     for mutant in chosen:
         good = work / mutant.base
         if not good.exists():
             derived.make(mutant.base, good)
+            before |= written(good)
         folder = work / "mutant"
-        shutil.copytree(good, folder)
+        shutil.copytree(good, folder, copy_function=os.link)
         mutant.edit(folder)
-        said, findings = validated(folder, mutant, server)
+        for server in servers:
+            row = tables[server.version].get(mutant.name)
+            if row is None:
+                continue
+            said, findings = validated(folder, mutant, server)
+            evidence = {k: v for k, v in row.items() if k != "label"}
+            verdicts[server.version].append(Verdict(mutant, row["label"], evidence, said, findings))
         shutil.rmtree(folder)
-        row = table[mutant.name]
-        verdicts.append(Verdict(mutant, row["label"], {k: v for k, v in row.items() if k != "label"}, said, findings))
+    changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert not changed, f"an edit wrote into the good export's own files: {changed}"
     return verdicts
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """{file: when it was last written, in nanoseconds}."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def validated(folder: Path, mutant: Mutant, server: Server = DEFAULT) -> tuple[Said, tuple[str, ...]]:
@@ -166,7 +181,7 @@ def main() -> int:
     recorded = read_table(server.version)
     chosen = [m for m in mutants() if m.name in recorded and any(fnmatchcase(m.name, p) for p in asked.patterns or "*")]
     with tempfile.TemporaryDirectory(prefix="ckptq-agreement-") as work:
-        verdicts = judge(chosen, Path(work), server)
+        verdicts = judge(chosen, Path(work), [server])[server.version]
     print(table(verdicts))
     usual = read_table()
     same = sum(v.label == usual[v.mutant.name]["label"] for v in verdicts)

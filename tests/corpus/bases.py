@@ -10,6 +10,7 @@ equal files.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -28,9 +29,9 @@ ROOT = TESTS.parent
 KEPT = 6
 """How many states of an origin stay on this machine, the ones used last."""
 
-Family = Literal["vl", "moe"]
+Family = Literal["vl", "moe", "qwen3vl", "phi3", "omni", "mixtral"]
 Method = Literal["modelopt", "compressed-tensors", "fp8", "quark"]
-Origin = Literal["source", "ckptq", "modelopt", "llm-compressor", "relabeled"]
+Origin = Literal["source", "tiny", "ckptq", "modelopt", "llm-compressor", "relabeled"]
 Cache = Literal["scales", "declared", "none"]
 
 
@@ -54,7 +55,16 @@ class Base:
     @property
     def source(self) -> Path:
         """The folder of the unquantized checkpoint."""
-        return _built("source", self.source_name)
+        return _built("tiny" if self.tiny else "source", self.source_name)
+
+    @property
+    def tiny(self) -> bool:
+        """Whether that is a checkpoint of tests/families."""
+        return self.family not in ("vl", "moe")
+
+    @property
+    def experts(self) -> bool:
+        return self.family in ("moe", "mixtral")
 
 
 def _ckptq(name: str, source: str, *settings: str) -> Base:
@@ -68,6 +78,11 @@ def _scheme(name: str, method: Method, scheme: str, *, kv: bool = False) -> Base
     quantize = [{"modules": f"model.layers.*{where}", "scheme": one} for where, one in rules.items()]
     settings = (f"quantize={json.dumps(quantize)}", f"export.format={method}", f"kv_cache={'fp8' if kv else 'null'}")
     return Base(name, "vl", method, scheme, "ckptq", "vl", {"settings": settings}, "scales" if kv else "none")
+
+
+def _tiny(family: Family, source: str) -> Base:
+    """By ckptq, of a checkpoint of tests/families, in FP8 with an FP8 KV cache by the family's recipe."""
+    return Base(f"{family}-modelopt-fp8kv-ckptq", family, "modelopt", "fp8", "ckptq", source, {"family": source}, "scales")
 
 
 def _modelopt(name: str, source: str, format: str, kv: str | None) -> Base:
@@ -154,6 +169,7 @@ _ALL = (
     _quark("vl-quark-fp8-relabeled", "static", "vl-modelopt-fp8kv-peer"),
     _quark("vl-quark-channel-relabeled", "channel", "vl-modelopt-pcpt-peer"),
 )
+_TINY = sorted({base.source_name for base in _ALL if base.tiny})
 BASES: Mapping[str, Base] = {base.name: base for base in _ALL}
 
 
@@ -167,6 +183,7 @@ def folder(name: str) -> Path:
 # What each origin's names and values follow from: code of the repository, and packages.
 _MAKERS: Mapping[Origin, tuple[str, ...]] = {
     "source": ("-m", "corpus.sources"),
+    "tiny": ("-m", "corpus.tiny"),
     "ckptq": ("-m", "corpus.convert"),
     "modelopt": ("peers/modelopt_export.py",),
     "llm-compressor": ("peers/llmcompressor_export.py",),
@@ -174,6 +191,7 @@ _MAKERS: Mapping[Origin, tuple[str, ...]] = {
 }
 _CODE: Mapping[Origin, tuple[str, ...]] = {
     "source": ("tests/corpus/sources.py", "tests/make_checkpoint.py"),
+    "tiny": ("tests/corpus/tiny.py", "tests/corpus/sources.py", *(f"tests/families/{name}.py" for name in ("__init__", *_TINY))),
     "ckptq": ("tests/corpus/convert.py", "tests/data/heldout.txt", "recipes/*.yaml", "ckptq/**/*.py"),
     "modelopt": ("tests/peers/modelopt_export.py", "tests/data/heldout.txt"),
     "llm-compressor": ("tests/peers/llmcompressor_export.py", "tests/data/heldout.txt"),
@@ -183,6 +201,7 @@ _CODE: Mapping[Origin, tuple[str, ...]] = {
 _SPECTATORS = ("validators/", "reports/", "validate.py", "cli.py", "render.py", "console.py", "mistakes.py", "errors.py")
 _PACKAGES: Mapping[Origin, tuple[str, ...]] = {
     "source": ("torch", "safetensors"),
+    "tiny": ("torch", "safetensors", "transformers"),
     "ckptq": ("torch", "transformers"),
     "modelopt": ("torch", "transformers", "nvidia-modelopt"),
     "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
@@ -191,6 +210,11 @@ _PACKAGES: Mapping[Origin, tuple[str, ...]] = {
 
 
 def _built(origin: Origin, name: str) -> Path:
+    return _every(origin) / name
+
+
+@functools.cache  # telling what a folder would be called takes as long as validating what is in it
+def _every(origin: Origin) -> Path:
     """Builds every checkpoint of `origin` in one process, into a folder of its own that appears whole or not at all."""
     cache = _cache()
     jobs = list(_jobs(origin))
@@ -203,7 +227,7 @@ def _built(origin: Origin, name: str) -> Path:
                 for old in sorted(cache.glob(f"{origin}-*"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
                     shutil.rmtree(old)
     os.utime(target)
-    return target / name
+    return target
 
 
 def _cache() -> Path:
@@ -211,8 +235,8 @@ def _cache() -> Path:
 
 
 def _jobs(origin: Origin) -> Iterator[dict[str, Any]]:
-    if origin == "source":
-        for name in sorted({base.source_name for base in _ALL}):
+    if origin in ("source", "tiny"):
+        for name in _TINY if origin == "tiny" else sorted({base.source_name for base in _ALL if not base.tiny}):
             yield {"name": name}
         return
     for base in _ALL:

@@ -61,6 +61,7 @@ def relabeled(change: Any) -> Edit:
         header = json.loads(raw[8 : 8 + size])
         change(header)
         head = json.dumps(header, separators=(",", ":")).encode()
+        (folder / SINGLE).unlink()
         (folder / SINGLE).write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + size :])
 
     return apply

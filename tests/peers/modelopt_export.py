@@ -1,10 +1,9 @@
 """ModelOpt's own resident flow on CPU: the peer that ckptq is measured against.
 
-    python tests/peers/modelopt_export.py --recipe demo.yaml --output DIR [--set KEY=VALUE]...
     python tests/peers/modelopt_export.py --jobs JOBS.json
 
 JOBS.json: `[{"source": DIR, "output": DIR, "format": key of PRESETS or `mixed`, "kv": key of KV or null}, ...]`, calibrated on some
-held-out text.
+held-out text; or on the samples of a ckptq recipe, with `"recipe": NAME, "settings": ["KEY=VALUE", ...]` in place of `source`.
 
 The model is whole in memory, and its full forward runs on each sample by itself, so that the vision tower takes part and no
 pad token reaches an observer. Run it in a process of its own: ModelOpt patches transformers and torch for good.
@@ -140,21 +139,18 @@ def encoded_samples(recipe: str, overrides: Sequence[str]) -> tuple[Path, list[M
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--recipe")
-    what.add_argument("--jobs", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    options = parser.parse_args()
+    parser.add_argument("--jobs", required=True, type=Path)
+    jobs = parser.parse_args().jobs
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
-    if options.jobs:
-        for job in json.loads(options.jobs.read_text(encoding="utf-8")):
+    for job in json.loads(jobs.read_text(encoding="utf-8")):
+        samples: Sequence[Mapping[str, torch.Tensor]]
+        if "recipe" in job:
+            source, samples = encoded_samples(job["recipe"], job["settings"])
+        else:
             source = Path(job["source"])
-            export(source, Path(job["output"]), text_samples(source), job["format"], job["kv"])
-        return
-    source, samples = encoded_samples(options.recipe, options.overrides)
-    export(source, options.output, samples)
+            samples = text_samples(source)
+        export(source, Path(job["output"]), samples, job["format"], job["kv"])
 
 
 if __name__ == "__main__":

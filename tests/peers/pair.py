@@ -1,7 +1,8 @@
-"""One recipe run twice: by ckptq's command line and by ModelOpt's resident flow, each in a process of its own."""
+"""Recipes run twice: by ckptq's command line, each in a process of its own, and by ModelOpt's resident flow, all in another."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,14 +32,18 @@ class Pair:
     modelopt: Path
 
 
-def make_pair(job: Sequence[str], folder: Path) -> Pair:
-    """Runs `job` both ways into `folder`. Raises AssertionError with what the failing side printed."""
-    recipe, *overrides = job
-    settings = [part for override in overrides for part in ("--set", override)]
-    pair = Pair(SOURCE, folder / "ours", folder / "modelopt")
-    run("-m", "ckptq", "convert", "--recipe", recipe, "--output", str(pair.ours), *settings)
-    run("tests/peers/modelopt_export.py", "--recipe", recipe, "--output", str(pair.modelopt), *settings)
-    return pair
+def make_pairs(jobs: Sequence[Sequence[str]], folder: Path) -> list[Pair]:
+    """Runs each job both ways into `folder`. Raises AssertionError with what the failing side printed."""
+    pairs, theirs = [], []
+    for number, (recipe, *overrides) in enumerate(jobs):
+        pair = Pair(SOURCE, folder / f"ours-{number}", folder / f"modelopt-{number}")
+        settings = [part for override in overrides for part in ("--set", override)]
+        run("-m", "ckptq", "convert", "--recipe", recipe, "--output", str(pair.ours), *settings)
+        pairs.append(pair)
+        theirs.append({"recipe": recipe, "settings": overrides, "output": str(pair.modelopt), "format": "fp8", "kv": "fp8"})
+    (folder / "jobs.json").write_text(json.dumps(theirs), encoding="utf-8")
+    run("tests/peers/modelopt_export.py", "--jobs", str(folder / "jobs.json"))
+    return pairs
 
 
 def run(*arguments: str) -> None:

@@ -5,6 +5,8 @@
         {parameter: [dtype, shape]}, for routed experts [weight, input] as strings
     {"names": [...], "scales": [...], "method": ...}
         -> the same lists under the models' and the method's mappers, and packed_modules_mapping
+    {"architecture": NAME, "names": [...]}
+        -> the names as the quantization config of that model maps its lists, and packed_modules_mapping
 
 Layers are vLLM's own, of ROWS rows a shard and COLUMNS columns, with one rank. Stood in for: the choice of a kernel, which is
 this machine's and no matter of the checkpoint, and the experts' methods, of which the arguments are taken.
@@ -49,6 +51,7 @@ from vllm.model_executor.model_loader.utils import configure_quant_config  # noq
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM  # noqa: E402
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM  # noqa: E402
+from vllm.model_executor.models.registry import ModelRegistry  # noqa: E402
 from vllm.model_executor.parameter import BasevLLMParameter  # noqa: E402
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase  # noqa: E402
 
@@ -185,7 +188,17 @@ def configure(config: Any, model: Any) -> None:
     config.packed_modules_mapping = dict(getattr(model, "packed_modules_mapping", {}))
 
 
+def of_model(architecture: str, names: list[str]) -> dict[str, Any]:
+    """What interfaces.py SupportsQuant and model_loader/utils.py configure_quant_config take from the model's class."""
+    model = ModelRegistry.models[architecture].load_model_cls()
+    mapper = model.hf_to_vllm_mapper.get_rename_mapper() if hasattr(model, "hf_to_vllm_mapper") else None
+    packed = {key: list(value) for key, value in getattr(model, "packed_modules_mapping", {}).items()}
+    return {"names": [mapper.map_name(name) if mapper else name for name in names], "packed": packed}
+
+
 def answer(question: dict[str, Any]) -> dict[str, Any]:
+    if "architecture" in question:
+        return of_model(question["architecture"], question["names"])
     if "names" in question:
         model = FAMILIES["vl"][0]
         mapper = get_quantization_config(question["method"]).get_cache_scale_mapper()

@@ -3,7 +3,7 @@
     python tests/server/behavior.py JOBS.json RESULTS.jsonl
 
 JOBS.json: [{name, folder, good, source}], the jobs of one good export in a row. RESULTS.jsonl gets one line a job, as soon as it is
-done: {name, label, ...evidence}. A process that dies has written what came before. All jobs of a process are of one family:
+done: {name, label, ...evidence}. A process that dies has written what came before. All jobs of a process are with experts, or all without:
 vLLM makes the group of expert parallelism once, for the first model.
 
 Two things are set apart from a server's own run. Memory that nobody wrote is filled with NaN (torch's deterministic mode), which
@@ -271,6 +271,7 @@ class Session:
         found = None if loaded.model is None else computed(loaded.model)
         del loaded.model
         gc.collect()
+        gc.freeze()  # what is left stays: vLLM looks through all of it twice in a load, which took most of its time
         return found, loaded.trace
 
     def use(self, good: str, source: str) -> None:

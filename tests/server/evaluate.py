@@ -34,6 +34,7 @@ from typing import Any
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
 os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # of a server in eager mode it compiles how log-probabilities are ranked, and that alone
 
 import numpy as np
 import torch

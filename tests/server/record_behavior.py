@@ -48,11 +48,11 @@ def record(chosen: Sequence[Mutant]) -> dict[str, Row]:
 
 
 def batches(chosen: Sequence[Mutant]) -> Iterator[list[Mutant]]:
-    """Whole good exports together, of one family, in about as many batches as there are processes."""
-    for family in ("moe", "vl"):
-        found = sorted((m for m in chosen if BASES[derived.origin(m.base)].family == family), key=lambda m: m.base)
+    """Whole good exports together, those with experts apart, in about as many batches as there are processes."""
+    for experts in (True, False):
+        found = sorted((m for m in chosen if BASES[derived.origin(m.base)].experts == experts), key=lambda m: m.base)
         count = Counter(m.base for m in found)
-        piles: list[list[Mutant]] = [[] for _ in range(1 if family == "moe" else PROCESSES)]
+        piles: list[list[Mutant]] = [[] for _ in range(1 if experts else PROCESSES)]
         for base, _ in count.most_common():
             min(piles, key=len).extend(m for m in found if m.base == base)
         yield from filter(None, piles)
