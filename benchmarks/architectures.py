@@ -2,7 +2,7 @@
 
     python benchmarks/architectures.py [NAME...] [--vllm-python PY] [--jobs 1] [--limit 180] [--work DIR]
                                        [--out docs/architectures.json]
-    python benchmarks/architectures.py --merge FILE...    # rows that other machines wrote; without any the table alone
+    python benchmarks/architectures.py --merge FILE... [--readme]    # rows that other machines wrote; without any the table alone
 
 The tiny checkpoint of each of tests/families is made and converted with each of its recipes, calibrated on its own samples. vLLM,
 which needs nothing of ckptq, does with it and with its source what `ckptq validate --generate` has it do: it loads, watched, and
@@ -72,9 +72,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/architectures.json")
     parser.add_argument("--merge", nargs="*", type=Path)
+    parser.add_argument("--readme", action="store_true", help="put the first of the tables into README.md, too")
     args = parser.parse_args()
     if args.merge is not None:
         keep(args.out, [row for path in args.merge for row in json.loads(path.read_text())])
+        if args.readme:
+            put(summary(json.loads(args.out.read_text())), ROOT / "README.md")
         return 0
     with tempfile.TemporaryDirectory(dir=args.work) as scratch:
         work = Path(scratch)
@@ -141,8 +144,8 @@ def serve(found: Sequence[Trial], work: Path, python: Path, jobs: int, limit: in
             ready = [pair for pair in waiting if Trial(pair[0].family, SOURCE).name in done]
             waiting = [pair for pair in waiting if pair not in ready]
             for trial, answer in ready:
-                traces = [read(results[t.name]) for t in (trial, Trial(trial.family, SOURCE))]
-                yield row_of(trial, answer, *traces, trial.folder(work))
+                trace, source = (read(results[t.name]) for t in (trial, Trial(trial.family, SOURCE)))
+                yield row_of(trial, answer, trace, source, trial.folder(work))
     if process.wait() or by_name:
         raise SystemExit(f"{python} ended with {process.returncode}:\n{(work / 'log').read_text()[-4000:]}")
 
@@ -254,6 +257,13 @@ def keep(path: Path, rows: Iterable[Row]) -> None:
     path.with_suffix(".md").write_text(document(found))
 
 
+def put(table: str, path: Path) -> None:
+    """The table in the place of the one that begins alike."""
+    text = path.read_text()
+    start = text.index(table.splitlines()[0])
+    path.write_text(text[:start] + table + text[text.index("\n\n", start) + 1 :])
+
+
 HEAD = """# What a real vLLM made of every architecture
 
 Written by `python benchmarks/architectures.py` from `docs/architectures.json`, which its runs wrote. Of each architecture a tiny
@@ -294,7 +304,10 @@ def summary(rows: Sequence[Row]) -> str:
 def where(rows: Sequence[Row], family: str, recipe: str, state: str) -> list[str]:
     """`CPU 0.32.0`, `H200 0.26.0`: where that state was reached."""
     found = [row for row in rows if (row["family"], row["recipe"], row["state"]) == (family, recipe, state)]
-    return [f"{row['device'].rpartition(' ')[2]} {row['vllm']}" for row in found]
+    return [
+        f"{row['device'].rpartition(' ')[2]} {row['vllm']}{' *stand-in*' if row.get('stand_ins') else ''}"
+        for row in sorted(found, key=lambda row: row["device"] == "CPU")
+    ]
 
 
 def form(name: str) -> str:

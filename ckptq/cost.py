@@ -66,7 +66,7 @@ class Cost:
 def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, calibrates: bool) -> Cost:
     """The cost of a plan, taking every sample as long as the recipe allows. Raises SourceError for a config without sizes."""
     layers = [0] * plan.layer_count
-    resident = parameters = routed = 0
+    resident = parameters = routed = widest = 0
     experts = scope.experts.runtime + "." if scope.experts else None
     for name, tensor in component.tensors.items():
         at = scope.layer_of(name)
@@ -74,6 +74,7 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, 
             continue
         if at is not None:
             layers[at[0]] += tensor.spec.nbytes
+            widest = max(widest, *tensor.spec.shape, 0)
             if experts is not None and at[1].startswith(experts):
                 routed += tensor.spec.numel
             else:
@@ -83,10 +84,10 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, 
     text = scope.text(component.config)
     try:
         hidden, length = int(text["hidden_size"]), recipe.calibration.sequence_length
-        intermediate = int(text["intermediate_size"])
+        intermediate = int(text.get("intermediate_size", widest))  # some families call it otherwise
         head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"config.json: hidden_size, intermediate_size and num_attention_heads are needed: {error!r}") from error
+        raise SourceError(f"config.json: hidden_size and num_attention_heads are needed: {error!r}") from error
     count, chosen = _routing(text, scope, component)
     if count:  # of the experts of a layer, those that a token passes
         parameters += routed * (chosen + count * recipe.calibration.all_experts) // count

@@ -239,4 +239,5 @@ class ProgressFile:
         with safe_open(self._path, framework="pt") as file:
             meta = file.metadata()
             hidden = [file.get_tensor(name) for name in sorted(file.keys())]
-        return Progress(int(meta["first"]), int(meta["layer"]), json.loads(meta["amax"]), hidden, json.loads(meta["tokens"]))
+        tokens = json.loads(meta.get("tokens", "{}"))
+        return Progress(int(meta["first"]), int(meta["layer"]), json.loads(meta["amax"]), hidden, tokens)

@@ -27,7 +27,7 @@ from ckptq.validators.dtypes import served_dtype
 
 ALIGNMENT = 64
 KERNELS, KERNEL_CACHES = 64, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""On a CPU oneDNN keeps a kernel of some 0.7 MB for each number of rows, up to 1024 of them by default; with experts it sees them all.
+"""On a CPU oneDNN keeps a kernel of some 0.7 MB for each number of rows, of 1024 by default, and experts bring all there are.
 Read at the first product of matrices. To make one again takes half a millisecond.
 """
 STAGED = 1 << 26

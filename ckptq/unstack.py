@@ -14,7 +14,7 @@ from types import MappingProxyType
 from ckptq.checkpoint import DTYPE_BYTES, FLOATS, Component, Inventory, SourceTensor, TensorSpec
 from ckptq.errors import SourceError, UnsupportedError
 from ckptq.folder import printable
-from ckptq.scopes import MOST_EXPERTS, Scope
+from ckptq.scopes import MOST_EXPERTS, MOST_IN_ALL, Scope
 
 
 def unstack(inventory: Inventory, scope: Scope) -> Inventory:
@@ -28,6 +28,8 @@ def unstack(inventory: Inventory, scope: Scope) -> Inventory:
     if not found:
         return inventory
     transposed = _is_transposed(main, scope, found)
+    if (count := sum(main.tensors[name].spec.shape[0] * len(group) for name, group in found.items())) > 3 * MOST_IN_ALL:
+        raise SourceError(f"expected the linears of {MOST_IN_ALL} experts at most, found {count} in {len(found)} tensors")
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in main.tensors.items():
         if name in found:

@@ -23,10 +23,14 @@ SHARING = {
     "test_faults": "kills",  # a process that forks what is to be killed
     "test_kill": "kills",
 }
-LONGEST = ("recorded", "pairs", "loads", "generated", "test_agreement", "test_served", "test_hostile", "kills", "answers")
-"""These go first: what is left when one process has nothing more to do is short."""
+LONGEST = (
+    "recorded", "pairs", "test_families", "loads", "generated", "test_agreement", "test_architectures", "test_served",
+    "test_hostile", "kills", "answers",
+)  # fmt: skip
+"""These go first, so that little is left when one process has nothing more to do."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONGEST)}
     groups = {}

@@ -65,6 +65,7 @@ WORTH_A_WORD: Mapping[str, tuple[str, ...]] = {
     ),
     "layout.unknown-tensor": ("bias missing", "scale zero", "expert under another name"),
     "layout.missing-scale": ("input_scale missing",),
+    "layout.draft-not-excluded": ("tower not excluded",),  # a talker, which other servers build
     "layout.kv-shared": ("deprecated kv_scale",),
     "layout.kv-undeclared": ("kv scheme",),
     "passthrough.weight-error": ("weight's scale of another size",),  # codes below 2^-6 were rounded twice

@@ -39,6 +39,16 @@ def test_the_table_says_what_the_runs_wrote(script: ModuleType) -> None:
     assert RECORDED.with_suffix(".md").read_text() == script.document(rows())
 
 
+def test_the_readme_has_the_table(script: ModuleType, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    assert script.summary(rows()) in readme.read_text(), "benchmarks/architectures.py --merge --readme"
+    script.put(script.summary([]), readme)
+    assert script.summary([]) in readme.read_text()
+    script.put(script.summary(rows()), readme)
+    assert readme.read_text() == (ROOT / "README.md").read_text()
+
+
 def test_nothing_that_was_tried_failed() -> None:
     assert [(row["family"], row["recipe"], row["why"]) for row in rows() if row["state"] == "failed"] == []
 

@@ -127,17 +127,52 @@ def test_the_real_server_passes_it_over(output: Path) -> None:
     assert (loaded.version, loaded.quantization) == ("0.32.0", "modelopt")
 
 
+@pytest.fixture(scope="module")
+def mtp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(an ERNIE 4.5 with the tensors of an MTP head, as published files call them; what it was converted to). Read only."""
+    place = tmp_path_factory.mktemp("ernie")
+    folder = make("ernie4_5_moe", place / "source")
+    put(
+        {
+            "model.mtp_block.0.self_attn.q_proj.weight": torch.ones(128, 128, dtype=torch.bfloat16),
+            "model.mtp_emb_norm.0.weight": torch.ones(128, dtype=torch.bfloat16),
+            "model.mtp_linear_proj.0.weight": torch.ones(128, 256, dtype=torch.bfloat16),
+        }
+    )(folder)
+    return folder, run(job(folder, place / "job"))
+
+
+def test_an_mtp_head_is_known_by_transformers_own_list(mtp: tuple[Path, Path]) -> None:
+    source, output = mtp
+    record = json.loads((output / "ckptq.json").read_text())
+    assert set(record["job"]["recipe"]["scope"]["skipped"]) == {"model.mtp_block.", "model.mtp_emb_norm.", "model.mtp_linear_proj."}
+    assert len(record["carried"]) == 3
+    assert examine(output, source=source).findings == ()
+    kept = json.loads((output / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.mtp_block*", "model.mtp_linear_proj*"} <= set(kept)
+
+
+@pytest.mark.server
+@pytest.mark.xdist_group("loads")
+def test_the_real_server_passes_an_mtp_head_over(mtp: tuple[Path, Path]) -> None:
+    assert served(trace(mtp[1]), mtp[1]).findings == ()
+
+
 FORMATS = {
-    "modelopt": {"kv_cache": "fp8"},
-    "compressed-tensors": {"kv_cache": None},
-    "fp8": {"kv_cache": None},
+    "modelopt": ("fp8", "model.layers.2*"),
+    "compressed-tensors": (None, r"re:.*\blayers\.2\..*"),
+    "fp8": (None, "model.layers.2.self_attn.q_proj"),
 }
+"""{format: (KV cache, an entry of its list)}."""
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_draft_model_builds_its_linears_as_they_are_stored(name: str, source: Path, tmp_path: Path) -> None:
-    prepared = job(source, tmp_path / "job", export={"format": name}, **FORMATS[name])
+    prepared = job(source, tmp_path / "job", export={"format": name}, kv_cache=FORMATS[name][0])
     assert [f.code for f in prepared.findings] == []
+    section = json.loads(prepared.plan.files["config.json"])["quantization_config"]
+    entries = section.get("ignore", section.get("modules_to_not_convert"))
+    assert {FORMATS[name][1], "lm_head"} <= set(entries)
     folder = Path(shutil.copytree(source, tmp_path / "edited"))
     (folder / "config.json").write_text(prepared.plan.files["config.json"])
     kept = ignoring(lambda entries: [e for e in entries if "layers.2" not in e and r"layers\.2" not in e])

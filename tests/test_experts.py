@@ -25,6 +25,7 @@ from ckptq.calibration.encode import Encoder
 from ckptq.checkpoint import Component, Inventory, Reader, SourceTensor, TensorSpec, read_inventory
 from ckptq.console import Console
 from ckptq.convert import Prepared, convert, prepare
+from ckptq.cost import IMPORTS, fitting, waiting_budget
 from ckptq.errors import CkptqError, RecipeError, SourceError, UnsupportedError
 from ckptq.exporters import find_exporter
 from ckptq.journal import ProgressFile
@@ -38,7 +39,7 @@ from ckptq.streamed import StreamedModel
 from ckptq.tensors import raw
 from ckptq.transpose import BLOCK, CHUNK
 from ckptq.unstack import unstack
-from ckptq.validate import validate_plan
+from ckptq.validate import examine, validate_plan
 from ckptq.validators.vllm_rules import parameters
 
 EXPERTS, LAYERS = 4, 3
@@ -169,7 +170,9 @@ def job(source: Path, output: Path, *more: str) -> Prepared:
     return prepare(load_recipe("qwen3-moe-fp8", [text, *short, *more]))
 
 
-def run(job: Prepared, state: Path, watch: Callable[[], None] = lambda: None, memory: int = 1 << 40) -> tuple[Any, Any]:
+def run(
+    job: Prepared, state: Path, watch: Callable[[], None] = lambda: None, memory: int = 1 << 40, ahead: int = 1
+) -> tuple[Any, Any]:
     """(amaxes of activations, tokens)."""
     recipe = job.recipe.calibration
     samples = load_samples(recipe)
@@ -177,7 +180,7 @@ def run(job: Prepared, state: Path, watch: Callable[[], None] = lambda: None, me
     encoder = Encoder(job.source.root, None, recipe.sequence_length)
     tokens: dict[str, list[int]] = {}
     with Reader(job.source.root, job.inventory.main) as reader:
-        streamed = StreamedModel(job.source.root, job.inventory.main, job.scope, reader, torch.device("cpu"))
+        streamed = StreamedModel(job.source.root, job.inventory.main, job.scope, reader, torch.device("cpu"), ahead=ahead)
         found = calibrate(
             streamed, observers, [s.name for s in samples], lambda n: encoder.encode(samples[n]), memory, ProgressFile(state, 0),
             Console(quiet=True), watch, all_experts=recipe.all_experts, tokens=tokens,
@@ -235,6 +238,20 @@ def test_tokens_are_counted_whatever_happens_meanwhile(source: Path, tmp_path: P
     else:
         pytest.fail("it never came to an end")
     assert steps > 12
+
+
+def test_one_layer_at_a_time_where_memory_is_short(source: Path, tmp_path: Path) -> None:
+    prepared = job(source, tmp_path / "out")
+    assert run(prepared, tmp_path / "one", ahead=0) == run(prepared, tmp_path / "two")
+    two = dataclasses.replace(prepared.cost, layer=10**9)
+    one = dataclasses.replace(two, ahead=0)
+    assert two.fixed - one.fixed == 10**9
+    assert two.least == one.fixed + two.sample
+    for limit, chosen in ((two.fixed + two.sample, two), (two.fixed + two.sample - 1, one), (two.least, one), (two.least - 1, one)):
+        assert fitting(two, limit, 0) == fitting(two, None, (limit - IMPORTS) * 5 // 4 + 1) == chosen
+    assert waiting_budget(one, two.least, 0) == two.sample
+    with pytest.raises(RecipeError, match="too little: embeddings, a decoder layer and one sample take"):
+        waiting_budget(one, two.least - 1, 0)
 
 
 def test_experts_without_a_token_are_told(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,6 +408,26 @@ def test_what_holds_no_experts_is_refused(tmp_path: Path) -> None:
         folder = Path(shutil.copytree(tmp_path / "good", tmp_path / f"bad{i}"))
         with pytest.raises(CkptqError, match=message):
             changed(folder, change)
+
+
+def test_a_quantized_checkpoint_with_experts_together_is_not_judged(tmp_path: Path) -> None:
+    together(tmp_path / "model", 5, transposed=True)
+    config(lambda c: c.update(quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"}))(tmp_path / "model")
+    with pytest.raises(
+        UnsupportedError, match=r"experts.(gate_up|down)_proj: routed experts that are stored together can't be checked"
+    ):
+        examine(tmp_path / "model")
+
+
+def test_more_experts_than_anybody_has(tmp_path: Path) -> None:
+    inventory = read_inventory(together(tmp_path / "model", 5, transposed=True)[0].root)
+    at = "model.language_model.layers.{}.mlp.experts.{}"
+    shapes = {"gate_up_proj": (4096, 8, 10), "down_proj": (4096, 5, 8)}
+    specs = [TensorSpec(at.format(i, part), "BF16", shape) for i in range(40) for part, shape in shapes.items()]
+    many = {spec.name: SourceTensor(spec, "model.safetensors", 0) for spec in specs}
+    hostile = dataclasses.replace(inventory, components=(dataclasses.replace(inventory.main, tensors=many),))
+    with pytest.raises(SourceError, match="expected the linears of 65536 experts at most, found 491520 in 80 tensors"):
+        unstack(hostile, TOGETHER)
 
 
 def test_experts_that_stay_are_written_one_by_one(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from ckptq.checkpoint import read_inventory
 from ckptq.errors import UnsupportedError
+from ckptq.scopes.mixtral import SCOPE as MIXTRAL
+from ckptq.scopes.phi3 import SCOPE as PHI3
 from ckptq.scopes.qwen2_5_vl import SCOPE
 from ckptq.scopes.qwen3_moe import SCOPE as MOE
 from ckptq.validators import Finding
@@ -121,6 +123,26 @@ def test_a_tower_is_shared_out_too_unless_it_is_repeated() -> None:
 @pytest.mark.parametrize(("dim", "tp", "expected"), [(1280, 2, []), (1280, 4, ["error block-rows"]), (1152, 1, []), (1184, 1, [])])
 def test_a_tower_that_stores_one_qkv_is_three_shards(dim: int, tp: int, expected: list[str]) -> None:
     assert codes(found(QWEN_3B, tp, VISUAL_QKV, [(3 * dim, 1280)], NATIVE)) == (["error block-rows"] if dim == 1184 else expected)
+
+
+@pytest.mark.parametrize(("tp", "expected"), [(1, []), (2, ["error block-rows"])])
+def test_one_qkv_of_fewer_kv_heads_is_three_shards(tp: int, expected: list[str]) -> None:
+    """8 heads and 2 KV heads: of 64 rows each, one KV head is half a block."""
+    whole = ServerLinear("model.layers.0.self_attn.qkv_proj", ("model.layers.0.self_attn.qkv_proj",), "layers")
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    assert codes(found(config, tp, whole, [(12 * 128, 512)], NATIVE, scope=PHI3)) == []
+    assert codes(found(config, tp, whole, [(12 * 64, 512)], NATIVE, scope=PHI3)) == expected
+
+
+@pytest.mark.parametrize(("tp", "expected"), [(2, []), (4, []), (8, []), (16, ["error size"])])
+def test_gate_and_up_stored_as_one_are_two_shards(tp: int, expected: list[str]) -> None:
+    whole = ServerLinear("model.layers.0.mlp.gate_up_proj", ("model.layers.0.mlp.gate_up_proj",), "layers")
+    assert codes(found({}, tp, whole, [(2 * 1032, 512)], None, scope=PHI3)) == expected
+
+
+@pytest.mark.parametrize(("size", "expected"), [(14336, []), (14340, ["error expert-size"])])
+def test_experts_of_mixtral_are_cut_by_its_own_key(size: int, expected: list[str]) -> None:
+    assert codes(found({"num_local_experts": 8, "intermediate_size": size}, 8, scope=MIXTRAL)) == expected
 
 
 @pytest.mark.parametrize("form", FORMATS)

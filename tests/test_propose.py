@@ -134,6 +134,7 @@ def test_of_an_architecture_that_has_a_scope_the_proposal_is_like_it(name: str, 
     assert everywhere <= set(ours.linears) <= set(known.linears)
     assert (ours.experts and ours.experts.groups) == (known.experts and known.experts.groups)
     assert (ours.kv, ours.auto_class, ours.text_config) == (known.kv, known.auto_class, known.text_config)
+    assert ours.norm_offset == known.norm_offset
     assert {known.canonical(f"{kept}.") for kept in ours.kept} == {f"{kept}." for kept in known.kept}
     assert known.canonical(f"{ours.layers}.0.") == f"{known.layers}.0."
     assert {known.canonical(f"{tower.prefix}.") for tower in ours.towers} == {f"{tower.prefix}." for tower in known.towers}
@@ -148,13 +149,14 @@ def test_of_an_architecture_that_has_a_scope_the_proposal_is_like_it(name: str, 
         (config(lambda c: c.update(model_type="granit")), "can't build GraniteForCausalLM"),
         (config(lambda c: c.update(architectures=["GraniteForSequenceClassification"])), "builds GraniteForSequenceClassification"),
         (config(lambda c: c.update(num_hidden_layers=3)), "model.layers.2"),
+        (config(lambda c: c.update(num_hidden_layers=10**8)), "config.json: num_hidden_layers is above 4096"),
         (rename("q_proj", "qq_proj", "model.layers.0.*q_proj*"), "model.layers.0 has no self_attn.q_proj"),
         (
             rename("input_layernorm", "inputlayernorm", "*.1.input_layernorm.*"),
             "model.layers.1.input_layernorm.weight is not stored",
         ),
     ],
-    ids=["no architecture", "no such model", "no auto class", "too few layers", "a linear misspelled", "a norm misspelled"],
+    ids=["no name", "no such model", "no auto class", "too few layers", "endless layers", "linear misspelled", "norm misspelled"],
 )
 def test_what_no_scope_can_say_is_refused_with_the_reason(
     edit: Callable[[Path], None], reason: str, source: Made, tmp_path: Path

@@ -167,6 +167,7 @@ def test_the_server_names_and_fuses_as_the_scope_says(name: str, scope: Scope) -
     names = sorted({spelling for tensor in canonical for spelling in scope.spellings(tensor)})
     found = ask({"architecture": name, "names": names})
     assert dict(zip(names, found["names"], strict=True)) == {n: server_name(n, scope) for n in names}
+    assert found["repeats"] == scope.repeats_towers
     ours = {last: list(shards) for last, shards in packed_modules(scope).items()}
     assert {last: found["packed"].get(last, shards) for last, shards in ours.items()} == ours
     linears = {module_of(tensor).rpartition(".")[2] for tensor in canonical}

@@ -27,6 +27,11 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {"tie_word_embeddings": True}),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+    ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2}),
 }
 """{name: model class, configuration class, settings beside SIZES}."""

@@ -60,6 +60,7 @@ def propose(folder: Path, component: Component) -> Proposal:
         server_kept=server_kept,
         experts=experts,
         explicit_head_dim="head_dim" in text,
+        norm_offset=layers.norm_offset(found),
         skipped=around.skipped(found, at, count, text),
     )
     found.note("source", "whether and how vLLM serves this architecture was not looked at; put its model file here")

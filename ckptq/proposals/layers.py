@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -141,6 +142,12 @@ def _split(module: str, plan: Mapping[str, str]) -> Split:
     if said.startswith(("colwise", "rowwise")):
         return "rows" if said.startswith("colwise") else "columns"
     return "columns" if leaf(module) in _ROWWISE else "rows"
+
+
+def norm_offset(found: Found) -> float:
+    """1.0 where a norm adds that to its weights before it multiplies by them, as Gemma's do. By the source of its class."""
+    norms = {type(module) for module in found.model.get_decoder().modules() if type(module).__name__.endswith("RMSNorm")}
+    return float(any(re.search(r"\b1(\.0)?\s*\+\s*self\.weight", inspect.getsource(norm)) for norm in norms))
 
 
 def kv(found: Found, linears: Sequence[Fused]) -> tuple[str, str]:

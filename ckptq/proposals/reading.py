@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from ckptq.checkpoint import Component, TensorSpec
 from ckptq.errors import UnsupportedError
 from ckptq.plan import module_of
+from ckptq.scopes import MOST_LAYERS
 
 AUTO = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
 
@@ -65,6 +67,8 @@ def read(folder: Path, component: Component) -> Found:
     name = said[0] if isinstance(said, list) and said and isinstance(said[0], str) else None
     if name is None:
         raise UnsupportedError("no scope can be proposed: config.json names no architecture")
+    if endless := next((key for key, count in _counts(component.config) if count > MOST_LAYERS), None):
+        raise UnsupportedError(f"no scope can be proposed: config.json: {endless} is above {MOST_LAYERS}")
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -78,6 +82,15 @@ def read(folder: Path, component: Component) -> Found:
     found = Found(model, config, component)
     _place(found)
     return found
+
+
+def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """What config.json counts and a model is built by, in any section: nobody shall be made to build a million layers."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value)
+        elif isinstance(value, int) and re.search("(layers?|depth|blocks|experts)$", key):
+            yield key, value
 
 
 def auto_class(config: Any, name: str) -> str:

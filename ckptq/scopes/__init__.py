@@ -134,6 +134,7 @@ class Scope:
     stage          where a checkpoint holds several models: the one with the language model, which alone is built for calibration.
                    "thinker" for tensors `thinker.*` and config.json's `thinker_config`
     model_types    section of config.json -> the model_types that this scope knows there, where an architecture takes several
+    repeats_towers whether the server can keep towers whole on every rank: supports_encoder_tp_data
     """
 
     __pydantic_config__: ClassVar[Any] = _READ
@@ -160,6 +161,7 @@ class Scope:
     skipped: tuple[str, ...] = ()
     stage: str = ""
     model_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    repeats_towers: bool = False
 
     def canonical(self, name: str) -> str:
         """A source name in canonical form: `model.language_model.layers.0.x` -> `model.layers.0.x`."""

@@ -43,4 +43,5 @@ SCOPE = Scope(
     explicit_head_dim=True,
     # transformers 5.19.0 models/qwen3_vl/configuration_qwen3_vl.py.
     assumed=MappingProxyType({"head_dim": 128}),
+    repeats_towers=True,
 )

@@ -44,4 +44,5 @@ SCOPE = Scope(
     server_kept=("language_model.lm_head",),
     experts=dataclasses.replace(_experts.QWEN3, stored=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
     explicit_head_dim=True,
+    repeats_towers=True,
 )

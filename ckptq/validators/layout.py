@@ -58,7 +58,10 @@ def check(at: Expected) -> Iterator[Finding]:
         layer = at.scope.layer_of(name)
         return layer is None or layer[0] not in absent
 
-    yield from (_missing_layer(layer, at) for layer in sorted(absent))
+    if absent:
+        inside = [(place[0], name) for name in at.parameters if (place := at.scope.layer_of(name)) is not None]
+        first = dict(reversed(inside))
+        yield from (_missing_layer(layer, first[layer]) for layer in sorted(absent))
     for linear in dict.fromkeys(at.linears.values()):
         if stored(f"{linear.shards[0]}.weight"):
             yield from _linear(linear, at, idle)
@@ -67,8 +70,8 @@ def check(at: Expected) -> Iterator[Finding]:
             yield from _parameter(parameter, at)
 
 
-def _missing_layer(layer: int, at: Expected) -> Finding:
-    name = next(p for p in at.parameters if (place := at.scope.layer_of(p)) is not None and place[0] == layer)
+def _missing_layer(layer: int, name: str) -> Finding:
+    """`name`: the first of its parameters."""
     return error(
         "layout.missing-layer", name[: name.index(f".{layer}.")] + f".{layer}", "every layer that num_hidden_layers counts",
         "nothing of it is stored", "vLLM would leave the layer's memory as it found it, silently",

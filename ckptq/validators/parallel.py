@@ -71,6 +71,7 @@ MOST_RANKS = 64
 _VOCAB_PAD = 64
 _FINEST_BLOCK = 32
 _OTHER_TP = "serve with a --tensor-parallel-size that fits"
+_OR_REPEATED = ", or with --mm-encoder-tp-mode data, which repeats the tower on each rank"
 _OTHER_EP = f"{_OTHER_TP}, or with --enable-expert-parallel, which leaves experts whole"
 _OTHER_FORMAT = "or quantize per tensor or per channel, which can be cut anywhere"
 _RAISES = "vLLM refuses to start"
@@ -91,12 +92,13 @@ def check(
 
     `built`: every linear with the format that it is built in, None where it stays as in the source.
     `shapes`: module as stored -> [n, k] of its weight; modules without one are passed over, layout.py reports them.
-    `ep`: routed experts are shared out whole. `tower_data_parallel`: --mm-encoder-tp-mode data, where towers are repeated.
+    `ep`: routed experts are shared out whole. `tower_data_parallel`: --mm-encoder-tp-mode data, which repeats the towers of
+    some families; of others the server shares them out all the same.
     Raises UnsupportedError for a `tp` outside 1..64.
     """
     if not 1 <= tp <= MOST_RANKS:
         raise UnsupportedError(f"--tp {tp}: expected 1 to {MOST_RANKS} ranks", hint="give the number that the server runs with")
-    linears = tuple(built)
+    linears, repeated = tuple(built), tower_data_parallel and scope.repeats_towers
 
     def findings(ranks: int) -> Iterator[Finding]:
         """Heads come first, so that most numbers of ranks end early."""
@@ -104,7 +106,7 @@ def check(
         yield from _heads(text, ranks)
         yield from _vocabulary(text, ranks)
         yield from _experts(scope, text, ranks, ep)
-        if not tower_data_parallel:
+        if not repeated:
             yield from _tower_heads(scope, config, ranks)
         split_for = split_of(scope)
         seen: set[tuple[str, int]] = set()
@@ -118,11 +120,11 @@ def check(
                     seen.add((linear.prefix, len(sizes)))
                     yield from _expert_blocks(linear, form, sizes, 1 if ep else ranks, server)
                 continue
-            whole = linear.part == "tower" and tower_data_parallel
+            whole = linear.part == "tower" and repeated
             split = "none" if whole else split_for(linear)
-            yield from _linear(
-                _Cut(linear, form, split, 1 if split == "none" else ranks, server), sizes, _head_counts(scope, config, linear)
-            )
+            or_else = _OR_REPEATED if linear.part == "tower" and scope.repeats_towers else ""
+            cut = _Cut(linear, form, split, 1 if split == "none" else ranks, server, or_else)
+            yield from _linear(cut, sizes, _head_counts(scope, config, linear))
 
     found = tuple(findings(tp))
     if any(_OTHER_TP in f.mend for f in found):
@@ -155,7 +157,7 @@ def _tower_heads(scope: Scope, config: Mapping[str, Any], tp: int) -> Iterator[F
         if heads is not None and heads % tp:
             yield error(
                 "parallel.tower-heads", f"config.json: {section}.{tower.heads}", f"a multiple of {tp}", f"{heads}", _RAISES,
-                f"{_OTHER_TP}, or with --mm-encoder-tp-mode data, which repeats the tower on each rank",
+                _OTHER_TP + (_OR_REPEATED if scope.repeats_towers else ""),
             )  # fmt: skip
 
 
@@ -178,11 +180,10 @@ def _experts(scope: Scope, text: Mapping[str, Any], tp: int, ep: bool) -> Iterat
         return
     if tp > count:
         yield error("parallel.experts", f"config.json: {key}", f"at least {tp}", f"{count}", _RAISES, _OTHER_TP)
-    size = _count(text, "moe_intermediate_size")
+    name = next((key for key in ("moe_intermediate_size", "intermediate_size") if key in text), "")  # Mixtral's is the second
+    size = _count(text, name)
     if size is not None and not ep and size % tp:
-        yield error(
-            "parallel.expert-size", "config.json: moe_intermediate_size", f"a multiple of {tp}", f"{size}", _RAISES, _OTHER_EP
-        )  # fmt: skip
+        yield error("parallel.expert-size", f"config.json: {name}", f"a multiple of {tp}", f"{size}", _RAISES, _OTHER_EP)
 
 
 def _expert_blocks(linear: ServerLinear, form: Format, sizes: list[tuple[int, int]], tp: int, server: Server) -> Iterator[Finding]:
@@ -207,13 +208,14 @@ def _expert_blocks(linear: ServerLinear, form: Format, sizes: list[tuple[int, in
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """One linear and how it is shared out. `tp` is 1 where it is not."""
+    """One linear and how it is shared out. `tp` is 1 where it is not. `or_else`: what helps beside another number of ranks."""
 
     linear: ServerLinear
     form: Format | None
     split: Split
     tp: int
     server: Server
+    or_else: str
 
 
 def _linear(cut: _Cut, sizes: list[tuple[int, int]], heads: tuple[int, int] | None) -> Iterator[Finding]:
@@ -222,8 +224,7 @@ def _linear(cut: _Cut, sizes: list[tuple[int, int]], heads: tuple[int, int] | No
         if heads is None or heads[0] % cut.tp or (kv := _kv_per_rank(heads[1], cut.tp)) is None:
             return
         if len(rows) == 1:  # q, k and v stored as one
-            head = rows[0] // (heads[0] + 2 * heads[1])
-            rows = [head * count for count in (heads[0], heads[1], heads[1])]
+            rows = [rows[0] * count // (heads[0] + 2 * heads[1]) for count in (heads[0], heads[1], heads[1])]
         rows = [rows[0] // cut.tp, *(n // heads[1] * kv for n in rows[1:])]
     elif cut.split == "rows":
         if len(rows) == 1 and cut.linear.prefix.endswith(".gate_up_proj"):  # stored as one: models/phi3.py
@@ -277,10 +278,8 @@ def _blocks(cut: _Cut, form: Format, block: tuple[int, int], rows: list[int], co
 
 
 def _uneven(cut: _Cut, what: str, size: int) -> Finding:
-    more = ", or with --mm-encoder-tp-mode data, which repeats the tower on each rank" if cut.linear.part == "tower" else ""
-    return error(
-        "parallel.size", _subject(cut), f"{what} that are a multiple of {cut.tp}", f"{size} {what}", _RAISES, _OTHER_TP + more
-    )
+    found, mend = f"{size} {what}", _OTHER_TP + cut.or_else
+    return error("parallel.size", _subject(cut), f"{what} that are a multiple of {cut.tp}", found, _RAISES, mend)
 
 
 def _subject(cut: _Cut) -> str:

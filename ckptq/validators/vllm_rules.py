@@ -109,8 +109,12 @@ def _only_in(relative: str, scope: Scope) -> tuple[bool, bool]:
     experts = scope.experts
     if experts is None:
         return False, False
-    sparse = relative.startswith((experts.runtime + ".", *(f"{fused.runtime}." for fused in experts.linears)))
-    return sparse, not sparse and relative.startswith(experts.dense)
+    if not relative.startswith((experts.dense, experts.runtime + ".", *(f"{fused.runtime}." for fused in experts.linears))):
+        return False, False
+    routed = {shard for fused in experts.linears for shard in fused.shards}
+    dense = {shard for fused in scope.linears if fused.runtime.startswith(experts.dense) for shard in fused.shards} - routed
+    in_dense = relative.startswith(tuple(f"{shard}." for shard in dense))
+    return not in_dense, in_dense
 
 
 def _sizes(scope: Scope, config: Mapping[str, Any]) -> dict[str, int]:
@@ -188,7 +192,8 @@ def expert_names(scope: Scope) -> tuple[str, ...]:
 
 def packed_modules(scope: Scope) -> dict[str, tuple[str, ...]]:
     """{last part of a fused linear's name: last parts of its shards}: the model's packed_modules_mapping."""
-    linears = (*scope.linears, *(fused for tower in scope.towers for fused in tower.linears))
+    more = scope.experts.linears if scope.experts else ()
+    linears = (*scope.linears, *more, *(fused for tower in scope.towers for fused in tower.linears))
     return {_last(f.runtime): tuple(map(_last, f.shards)) for f in linears if len(f.shards) > 1 and f.packed}
 
 

@@ -6,7 +6,6 @@ On any other device nothing of vLLM is touched.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,8 +82,11 @@ def _stand_in_quant(used: list[str], undo: list[Callable[[], None]]) -> None:
 def _stand_in_activation(used: list[str], undo: list[Callable[[], None]]) -> None:
     import torch
 
-    name = "vllm.model_executor.layers.fusion.fused_act_quant"  # which vLLM 0.26.0 lacks
-    if importlib.util.find_spec(name) is None or hasattr(torch.ops._C, "silu_and_mul_quant"):
+    if hasattr(torch.ops._C, "silu_and_mul_quant"):
+        return
+    try:
+        fusion = importlib.import_module("vllm.model_executor.layers.fusion.fused_act_quant")
+    except ImportError:  # vLLM 0.26.0 fuses nothing there
         return
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
@@ -93,8 +95,7 @@ def _stand_in_activation(used: list[str], undo: list[Callable[[], None]]) -> Non
         _use(used, "silu_and_mul_quant")
         return SiluAndMul.forward_native(x)
 
-    table = importlib.import_module(name)._FUSED_ACT_QUANT
-    key = (SiluAndMul, kFp8StaticTensorSym)
+    table, key = fusion._FUSED_ACT_QUANT, (SiluAndMul, kFp8StaticTensorSym)
     before = table.get(key)
     if before is not None:
         table[key] = plain

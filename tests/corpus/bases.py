@@ -29,7 +29,7 @@ ROOT = TESTS.parent
 KEPT = 6
 """How many states of an origin stay on this machine, the ones used last."""
 
-Family = Literal["vl", "moe", "qwen3vl", "phi3", "omni", "mixtral"]
+Family = Literal["vl", "moe", "qwen3vl", "phi3", "omni", "mixtral", "omni-moe"]
 Method = Literal["modelopt", "compressed-tensors", "fp8", "quark"]
 Origin = Literal["source", "tiny", "ckptq", "modelopt", "llm-compressor", "relabeled"]
 Cache = Literal["scales", "declared", "none"]
@@ -64,7 +64,7 @@ class Base:
 
     @property
     def experts(self) -> bool:
-        return self.family in ("moe", "mixtral")
+        return self.family in ("moe", "mixtral", "omni-moe")
 
 
 def _ckptq(name: str, source: str, *settings: str) -> Base:
@@ -135,6 +135,11 @@ _ALL = (
     _scheme("vl-fp8-static-ckptq", "fp8", "fp8"),
     _scheme("vl-fp8-dynamic-ckptq", "fp8", "fp8-tensor"),
     _scheme("vl-fp8-block-ckptq", "fp8", "fp8-block"),
+    _tiny("phi3", "phi3"),
+    _tiny("qwen3vl", "qwen3_vl"),
+    _tiny("mixtral", "mixtral"),
+    _tiny("omni", "qwen2_5_omni"),
+    _tiny("omni-moe", "qwen3_omni_moe"),
     _modelopt("vl-modelopt-fp8kv-peer", "vl", "fp8", "fp8"),
     _modelopt("vl-modelopt-fp8cast-peer", "vl", "fp8", "fp8_cast"),
     _modelopt("vl-modelopt-fp8-peer-tied", "vl-tied", "fp8", None),

@@ -64,6 +64,11 @@ SHORT: Mapping[str, str] = {
     "our-fp8-static": "vl-fp8-static-ckptq",
     "our-fp8-dynamic": "vl-fp8-dynamic-ckptq",
     "our-fp8-block": "vl-fp8-block-ckptq",
+    "phi3": "phi3-modelopt-fp8kv-ckptq",
+    "qwen3vl": "qwen3vl-modelopt-fp8kv-ckptq",
+    "mixtral": "mixtral-modelopt-fp8kv-ckptq",
+    "omni": "omni-modelopt-fp8kv-ckptq",
+    "omni-moe": "omni-moe-modelopt-fp8kv-ckptq",
     "vl-quark": "vl-quark-fp8-relabeled",
     "vl-quark-channel": "vl-quark-channel-relabeled",
 }

@@ -29,6 +29,7 @@ PARTS = (
     "groups",
     "group_values",
     "mixed",
+    "families",
 )
 
 

@@ -5,8 +5,10 @@
         {parameter: [dtype, shape]}, for routed experts [weight, input] as strings
     {"names": [...], "scales": [...], "method": ...}
         -> the same lists under the models' and the method's mappers, and packed_modules_mapping
+    {} -> the names of all methods
     {"architecture": NAME, "names": [...]}
-        -> the names as the quantization config of that model maps its lists, and packed_modules_mapping
+        -> the names as the quantization config of that model maps its lists, packed_modules_mapping, and whether
+        --mm-encoder-tp-mode data repeats its towers
 
 Layers are vLLM's own, of ROWS rows a shard and COLUMNS columns, with one rank. Stood in for: the choice of a kernel, which is
 this machine's and no matter of the checkpoint, and the experts' methods, of which the arguments are taken.
@@ -19,7 +21,7 @@ import os
 import sys
 import tempfile
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)  # whatever vLLM prints
@@ -30,7 +32,12 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.model_executor.layers import linear  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.layers.fused_moe import RoutedExperts  # noqa: E402
-from vllm.model_executor.layers.quantization import fp8, get_quantization_config, modelopt  # noqa: E402
+from vllm.model_executor.layers.quantization import (  # noqa: E402
+    QuantizationMethods,
+    fp8,
+    get_quantization_config,
+    modelopt,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E402
     compressed_tensors_moe,
     compressed_tensors_moe_w8a8_fp8,
@@ -193,10 +200,13 @@ def of_model(architecture: str, names: list[str]) -> dict[str, Any]:
     model = ModelRegistry.models[architecture].load_model_cls()
     mapper = model.hf_to_vllm_mapper.get_rename_mapper() if hasattr(model, "hf_to_vllm_mapper") else None
     packed = {key: list(value) for key, value in getattr(model, "packed_modules_mapping", {}).items()}
-    return {"names": [mapper.map_name(name) if mapper else name for name in names], "packed": packed}
+    repeats = bool(getattr(model, "supports_encoder_tp_data", False))
+    return {"names": [mapper.map_name(name) if mapper else name for name in names], "packed": packed, "repeats": repeats}
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
+    if not question:
+        return {"methods": get_args(QuantizationMethods)}
     if "architecture" in question:
         return of_model(question["architecture"], question["names"])
     if "names" in question:

@@ -3,8 +3,8 @@
     python tests/server/behavior.py JOBS.json RESULTS.jsonl
 
 JOBS.json: [{name, folder, good, source}], the jobs of one good export in a row. RESULTS.jsonl gets one line a job, as soon as it is
-done: {name, label, ...evidence}. A process that dies has written what came before. All jobs of a process are with experts, or all without:
-vLLM makes the group of expert parallelism once, for the first model.
+done: {name, label, ...evidence}. A process that dies has written what came before. All jobs of a process are of models with
+experts, or all of such without: vLLM makes the group of expert parallelism once, for the first model.
 
 Two things are set apart from a server's own run. Memory that nobody wrote is filled with NaN (torch's deterministic mode), which
 makes what it holds the same each time. And the CPU build's own packing of unquantized and of INT8 weights is left out, which would

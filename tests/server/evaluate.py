@@ -21,6 +21,7 @@ log-probabilities come from a measuring wrapper around the model's compute_logit
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -269,6 +270,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.patch_requantize:
         patch_requantize()
+    gc.freeze()  # the server looks through all objects there are, again and again
     judge = Judge(options.model)
     if options.weights:
         [weights] = judge.llm.apply_model(loaded_weights)

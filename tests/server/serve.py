@@ -8,7 +8,8 @@ checkpoint that is done stdout gets a line of JSON: {name, vllm, device, ended, 
 was to generate ended, `said` its last lines.
 
 A fork costs nothing, an import of vLLM ten seconds; and what one checkpoint leaves behind in a process, a group of ranks or a
-patched class, no other one meets. On a GPU several share its memory, so each gets a small part of it.
+patched class, no other one meets. With a GPU, which survives no fork, every process begins anew; several share the GPU's memory, so
+each gets a small part of it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ os.dup2(2, 1)  # whatever vLLM prints
 
 from behavior import vllm_child  # noqa: E402
 
-ON_CPU: dict[str, Any] = {}
 ON_GPU: dict[str, Any] = {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.05}
 SAID = 4000
 """Characters of what a process said that are kept."""
+Job = dict[str, Any]
 
 
-def start(job: dict[str, Any], child: Any, common: dict[str, Any]) -> int:
-    """The process that serves it."""
+def start(job: Job, child: Any) -> int:
+    """The process that serves it. `child`: the module, None where it is to be imported anew."""
     if pid := os.fork():
         return pid
     code = 70
@@ -43,28 +44,39 @@ def start(job: dict[str, Any], child: Any, common: dict[str, Any]) -> int:
         log = os.open(f"{job['result']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        arguments = child._arguments
-        child._arguments = lambda folder: {**arguments(folder), **common, **job["engine"]}
-        code = child.main([job["folder"], job["result"], *job["options"]])
+        if child is None:
+            job = {**job, "engine": {**ON_GPU, **job["engine"]}}
+            os.execv(sys.executable, [sys.executable, __file__, "--one", json.dumps(job)])
+        code = one(job, child)
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
+def one(job: Job, child: Any) -> int:
+    arguments = child._arguments
+    child._arguments = lambda folder: {**arguments(folder), **job["engine"]}
+    code: int = child.main([job["folder"], job["result"], *job["options"]])
+    return code
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", type=Path)
+    parser.add_argument("jobs", type=Path, nargs="?")
     parser.add_argument("--jobs", dest="count", type=int, default=1)
     parser.add_argument("--limit", type=float, default=180)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    child, place = vllm_child(), prepare()
-    common = ON_CPU if place["device"] == "CPU" else ON_GPU
+    if asked.one:
+        os._exit(one(asked.one, vllm_child()))
+    place = prepare()
+    child = vllm_child() if place["device"] == "CPU" else None
     waiting = [{**job, "options": ["--generate"], "ended": ""} for job in json.loads(asked.jobs.read_text(encoding="utf-8"))]
-    running: dict[int, tuple[dict[str, Any], float]] = {}
+    running: dict[int, tuple[Job, float]] = {}
     while waiting or running:
         while waiting and len(running) < asked.count:
             job = waiting.pop(0)
-            running[start(job, child, common)] = job, time.monotonic()
+            running[start(job, child)] = job, time.monotonic()
         time.sleep(0.05)
         for pid, (job, began) in list(running.items()):
             ended = state(pid, time.monotonic() - began, asked.limit)
@@ -74,9 +86,8 @@ def main() -> None:
             if ended and job["options"]:
                 waiting.insert(0, {**job, "options": [], "ended": ended})
             else:
-                print(
-                    json.dumps({"name": job["name"], **place, "ended": job["ended"], "said": said(job)}), file=answers, flush=True
-                )
+                line = {"name": job["name"], **place, "ended": job["ended"], "said": said(job)}
+                print(json.dumps(line), file=answers, flush=True)
 
 
 def state(pid: int, seconds: float, limit: float) -> str | None:
@@ -92,13 +103,13 @@ def state(pid: int, seconds: float, limit: float) -> str | None:
     return f"no answer in {limit:g} s"
 
 
-def said(job: dict[str, Any]) -> str:
+def said(job: Job) -> str:
     log = Path(f"{job['result']}.log")
     return log.read_text(encoding="utf-8", errors="replace")[-SAID:] if log.exists() else ""
 
 
 def prepare() -> dict[str, str]:
-    """Imports what every process would. {vllm, device}; no GPU is touched, which no fork would survive."""
+    """Imports what every process would. {vllm, device}."""
     import vllm
     import vllm.v1.engine.llm_engine
     from vllm.platforms import current_platform
@@ -108,4 +119,5 @@ def prepare() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
     main()
