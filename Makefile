@@ -20,7 +20,7 @@ demo: .venv/installed
 test: export OMP_NUM_THREADS = 1
 test: export VLLM_CPU_OMP_THREADS_BIND = nobind
 test: .venv/installed .venv-vllm/installed
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check

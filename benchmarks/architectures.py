@@ -231,7 +231,9 @@ def stopped(trace: Mapping[str, Any]) -> str:
 
 
 def last(said: str) -> str:
-    return ([line for line in said.splitlines() if line.strip()] or ["it said nothing"])[-1]
+    """Its last line that says something; pydantic's errors end with an address."""
+    lines = [line for line in said.splitlines() if line.strip() and "For further information visit" not in line]
+    return (lines or ["it said nothing"])[-1]
 
 
 def one_line(text: str) -> str:

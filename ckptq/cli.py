@@ -188,7 +188,10 @@ def recipes(
         return
     text = known.get(name.removesuffix(".yaml"))
     if text is None:
-        raise RecipeError(f"no shipped recipe {name!r}{close(name.removesuffix('.yaml'), known)}")
+        raise RecipeError(
+            f"no shipped recipe {name!r}{close(name.removesuffix('.yaml'), known, near_only=True)}",
+            hint="`ckptq recipes` lists them",
+        )
     console.result({"name": name.removesuffix(".yaml"), "text": text}, lambda: print(text, end=""))
 
 

@@ -104,7 +104,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         console.note(f"the recipe's calibration is not used: the amaxes are those in {job.reused.path}")
     samples = load_samples(job.recipe.calibration) if job.calibrates else []
     if len(samples) < job.recipe.calibration.samples and job.calibrates:
-        console.warn(f"calibration has {len(samples)} samples, the recipe asks for {job.recipe.calibration.samples}")
+        console.warn(f"calibration has {len(samples)} of the {job.recipe.calibration.samples} samples that the recipe asks for")
     journal = Journal(output)
     journal.refuse_existing(resume=resume)
     cost.check_space(output, job.plan.nbytes - journal.written_bytes())

@@ -147,7 +147,7 @@ def _refuse_idle_patterns(recipe: Recipe, scope: Scope, modules: Iterable[str], 
         if _any(p, named, scope) and not _any(p, linears, scope)
     ]
     if idle:
-        raise RecipeError("\n".join(idle), hint="`ckptq inspect SRC` shows the parts of the checkpoint")
+        raise RecipeError("\n".join(idle), hint="`ckptq inspect SRC` shows the parts of the checkpoint, and the recipes that fit")
 
 
 def _any(pattern: str, modules: Iterable[str], scope: Scope) -> bool:

@@ -24,7 +24,7 @@ from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
 from ckptq.reports import safe_text, verdict
 from ckptq.reports.human import show_findings
 from ckptq.schemes import SCHEMES
-from ckptq.scopes import Scope
+from ckptq.scopes import Scope, all_scopes
 from ckptq.spelled import choose_scope
 from ckptq.unstack import unstack
 
@@ -182,6 +182,8 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
         part["parameters"] += tensor.spec.numel
         part["bytes"] += tensor.spec.nbytes
         part["dtypes"][tensor.spec.dtype] = part["dtypes"].get(tensor.spec.dtype, 0) + 1
+    recipes_touch = _touched_by_all(inventory, scope, recipes) if scope else {}
+    fitting = [name for name, touched in recipes_touch.items() if not touched["error"]]
     return {
         "checkpoint": str(inventory.root),
         "architectures": component.config.get("architectures"),
@@ -194,8 +196,23 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
         "layers": scope.layer_count(component.config) if scope else None,
         "parts": parts,
         "files_left_out": list(component.left_out),
-        "recipes": _touched_by_all(inventory, scope, recipes) if scope else {},
+        "recipes": recipes_touch,
+        "suggested": [name for name in fitting if scope and _family(name) == scope.name and not recipe],
     }
+
+
+def _family(recipe: str) -> str | None:
+    """The scope that a shipped recipe is for: the one whose name begins most like the recipe's, `qwen3_moe` of `qwen3-moe-fp8`.
+
+    Patterns can't tell: `model.layers.*` and `lm_head` suit half of the families.
+    """
+
+    def alike(scope: Scope) -> tuple[int, int]:
+        pairs = zip(recipe.replace("-", ""), scope.name.replace("_", ""), strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))), -len(scope.name)
+
+    best = max(all_scopes(), key=alike)
+    return best.name if alike(best)[0] else None
 
 
 def _proposal(inventory: Inventory) -> tuple[str, str]:
@@ -258,21 +275,31 @@ def show_inspect(console: Console, data: Mapping[str, Any]) -> None:
     total = [sum(part[key] for part in data["parts"].values()) for key in ("tensors", "parameters", "bytes")]
     rows.append(("total", total[0], f"{total[1]:,}", size(total[2]), ""))
     console.table("Parts", ("part", "tensors", "parameters", "size", "dtypes"), rows, right=(1, 2, 3))
-    rules = [(name, rule, count) for name, touched in data["recipes"].items() for rule, count in touched["rules"].items()]
-    if rules:
-        console.table("What recipes would touch", ("recipe", "rule", "modules"), rules, right=(2,))
-    misfits: dict[str, list[str]] = {}
-    for name, touched in data["recipes"].items():
-        if touched["error"]:
-            misfits.setdefault(touched["error"], []).append(name)
-    for error, names in misfits.items():
-        console.show(f"{', '.join(names)}: {error}")
+    _show_recipes_that_fit(console, data)
     if data["files_left_out"]:
         console.show("left out of an output: " + ", ".join(data["files_left_out"]))
     if data["no_proposal"]:
         console.show(data["no_proposal"])
     if data["proposal"]:  # not by rich, which would wrap it
         print("\n".join(map(safe_text, data["proposal"].split("\n"))), end="")
+
+
+def _show_recipes_that_fit(console: Console, data: Mapping[str, Any]) -> None:
+    """Those of the family rule by rule, others by name; of one recipe, or where all fail alike, why it does not fit."""
+    touched = data["recipes"]
+    fitting = [name for name, found in touched.items() if not found["error"]]
+    told = data["suggested"] or fitting
+    if rules := [(name, rule, count) for name in told for rule, count in touched[name]["rules"].items()]:
+        console.table("What recipes would touch", ("recipe", "rule", "modules"), rules, right=(2,))
+    if others := [name for name in fitting if name not in told]:
+        console.show("recipes of other families whose patterns match, too: " + ", ".join(others))
+    errors = {found["error"] for found in touched.values() if found["error"]}
+    if errors and not fitting and len(errors) == 1:
+        console.show(f"{next(iter(touched)) if len(touched) == 1 else 'no recipe fits'}: {errors.pop()}")
+    elif errors:
+        console.show(f"{len(touched) - len(fitting)} recipes don't fit: `ckptq inspect SRC --recipe NAME` says why")
+    if data["suggested"] and not data["quantized"]:
+        console.show(f"next: ckptq convert --recipe {data['suggested'][0]} --model SRC --output OUT --dry-run")
 
 
 def schemes_data() -> dict[str, dict[str, Any]]:

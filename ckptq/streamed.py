@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
-from ckptq.errors import SourceError
+from ckptq.errors import SourceError, UnsupportedError
 from ckptq.placement import Filling, fill, place
 from ckptq.plan import module_of
 from ckptq.scopes import Scope
@@ -200,18 +200,28 @@ class StreamedModel:
 
 
 def _build(folder: Path, component: Component, scope: Scope) -> Any:
-    """The model on `meta`. No code of the checkpoint is run, and a quantization_config that it may have is not looked at."""
+    """The model on `meta`. No code of the checkpoint is run, and a quantization_config that it may have is not looked at.
+
+    Raises UnsupportedError where transformers can't build it as the scope says.
+    """
     import transformers
 
     for name in KERNEL_CACHES if scope.experts else ():
         os.environ.setdefault(name, str(KERNELS))
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        config = getattr(config, f"{scope.stage}_config") if scope.stage else config
+        config = getattr(config, f"{scope.stage}_config", None) if scope.stage else config
+        auto: Any = getattr(transformers, scope.auto_class, None)
+        if type(config) not in getattr(auto, "_model_mapping", ()):
+            what = f"{scope.stage}_config" if config is None else type(config).__name__
+            raise UnsupportedError(
+                f"the scope {scope.name}: {scope.auto_class} of transformers {transformers.__version__} builds no model of {what}",
+                hint="see auto_class and stage of the scope, or take schemes that need no calibration",
+            )
         # Of the ways to run experts the one that multiplies expert by expert: ModelOpt calibrates with it, and observe.py sees it.
         settings = {"dtype": _served_dtype(component, scope), "experts_implementation": "eager"}
         with torch.device("meta"):
-            model = getattr(transformers, scope.auto_class).from_config(config, **settings)
+            model = auto.from_config(config, **settings)
     return model.eval().requires_grad_(False)
 
 

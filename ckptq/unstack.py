@@ -66,9 +66,10 @@ def _is_transposed(component: Component, scope: Scope, found: Mapping[str, tuple
     ways = {False, True}
     for name, group in found.items():
         spec = component.tensors[name].spec
-        if spec.dtype not in FLOATS:
+        stored = spec if (codes := component.tensors[name].codes) is None else codes.stored.spec
+        if stored.dtype not in FLOATS:
             raise UnsupportedError(
-                f"{printable(name)}: {spec.dtype}: experts that are stored together must be BF16, F16 or F32",
+                f"{printable(name)}: {stored.dtype}: experts that are stored together must be BF16, F16 or F32",
                 hint="start from the BF16 checkpoint",
             )
         if len(spec.shape) != 3 or not 0 < spec.shape[0] <= MOST_EXPERTS or hidden not in spec.shape[1:]:

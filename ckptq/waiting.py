@@ -16,9 +16,11 @@ import torch
 def free_outside(frame: FrameType | None, given: Any, model: torch.nn.Module) -> None:
     """Empties the float tensors that the frames from `frame` outward hold and the decoder, about to be called, was not `given`.
 
-    Its call never returns to those frames: a forward ends after the last layer. Weights and buffers of the model stay.
+    Its call never returns to those frames: a forward ends after the last layer. What the model's modules hold stays: weights,
+    buffers, and what one has left in an attribute for another.
     """
-    kept = _storages(model) | {t.untyped_storage()._cdata for t in tensors(given)}
+    left = (t for module in model.modules() for t in tensors(vars(module)))
+    kept = {t.untyped_storage()._cdata for t in (*left, *tensors(given))}
     for tensor in _held(frame):
         storage = tensor.untyped_storage()
         if tensor.is_floating_point() and storage._cdata not in kept and storage.resizable():

@@ -7,6 +7,7 @@ import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peers.pair import IMAGES, TEXT, Pair, make_pairs
@@ -16,30 +17,47 @@ SHARING = {
     "test_corpus_bases": "loads",  # a process of vLLM that loads what it is told to
     "test_vllm_load": "loads",
     "test_quark": "loads",
+    "test_carried": "loads",
+    "test_propose": "loads",
     "test_methods": "answers",  # one that answers questions
     "test_vllm_rules": "answers",
     "test_parity": "pairs",  # ModelOpt's and ckptq's outputs of the same samples
     "test_server": "pairs",
     "test_faults": "kills",  # a process that forks what is to be killed
     "test_kill": "kills",
+    "test_vllm_does_what_was_recorded": "recorded",  # tests that share nothing with their files, and take long
+    "test_a_good_export_answers": "generated",
+    "test_where_this_machine_has_no_kernel_the_answers_are_said_not_to_be_the_servers": "generated",
+    "test_a_broken_one_answers_noise_and_sees_nothing": "generated",
 }
+"""{file or test: what it is a part of}; of a file of its own otherwise."""
 LONGEST = (
-    "recorded", "pairs", "test_families", "loads", "generated", "test_agreement", "test_architectures", "test_served",
+    "pairs", "recorded", "loads", "test_families", "generated", "test_agreement", "test_architectures", "test_served",
     "test_hostile", "kills", "answers",
 )  # fmt: skip
 """These go first, so that little is left when one process has nothing more to do."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+def part(nodeid: str) -> str:
+    path, _, name = nodeid.partition("::")
+    file = Path(path).stem
+    return SHARING.get(name.partition("[")[0]) or SHARING.get(file, file)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(LONGEST)}
-    groups = {}
-    for item in items:
-        own = item.get_closest_marker("xdist_group")
-        groups[item] = own.args[0] if own else SHARING.get(item.path.stem, item.path.stem)
-        if own is None:
-            item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: order.get(groups[item], len(order)))
+    items.sort(key=lambda item: order.get(part(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Parts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return part(nodeid)
+
+    return Parts(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -165,7 +165,6 @@ def test_derived_exports_have_no_errors(name: str, needs: str | None, tmp_path: 
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("recorded")
 def test_vllm_does_what_was_recorded() -> None:
     """One mutant of each class of fault. For all of them, which takes minutes: `tests/server/record_behavior.py --check`."""
     sample = {mutant.fault: mutant for mutant in reversed(EVERY) if not mutant.near_miss}

@@ -122,7 +122,8 @@ def test_a_recipe_is_printed_as_it_is(name: str, ckptq: Run) -> None:
             "dmo: no such file, and no shipped recipe of that name; did you mean demo?",
             "ckptq recipes",
         ),
-        (["recipes", "dmo"], "no shipped recipe 'dmo'; did you mean demo?", ""),
+        (["recipes", "dmo"], "no shipped recipe 'dmo'; did you mean demo?", "ckptq recipes"),
+        (["recipes", "zzz"], "no shipped recipe 'zzz'", "ckptq recipes"),
         (["convert", "--recipe", "demo", "--set", "model=", "--dry-run"], "the recipe names no model", "--model SRC"),
         (["convert", "--recipe", "demo", "--set", "output="], "the recipe names no output", "--output OUT"),
         (["convert", "--recipe", "demo", "--memory", "3x"], "--memory: expected a size such as 5GB or 512MiB, found '3x'", ""),
@@ -205,9 +206,11 @@ def of_inspect(data: Mapping[str, Any]) -> list[str]:
     facts += [data["scope"], data["scope_source"], f"{data['layers']} layers"] if data["scope"] else [data["no_scope"]]
     for name, part in data["parts"].items():
         facts += [name, str(part["tensors"]), f"{part['parameters']:,}", size(part["bytes"]), *part["dtypes"]]
-    for name, touched in data["recipes"].items():
-        facts += [name, *touched["rules"], *map(str, touched["rules"].values()), *([touched["error"]] if touched["error"] else [])]
-    return facts
+    fitting = {name: touched["rules"] for name, touched in data["recipes"].items() if not touched["error"]}
+    for name in data["suggested"] or fitting:
+        facts += [*fitting[name], *map(str, fitting[name].values())]
+    reasons = {touched["error"] for touched in data["recipes"].values()} - {None}
+    return [*facts, *fitting, *(reasons if len(reasons) == 1 and not fitting else [])]
 
 
 def of_validate(data: Mapping[str, Any]) -> list[str]:

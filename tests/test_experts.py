@@ -31,6 +31,7 @@ from ckptq.exporters import find_exporter
 from ckptq.journal import ProgressFile
 from ckptq.plan import Encode, Plan, Scale
 from ckptq.planner import build_plan
+from ckptq.quantized import dense
 from ckptq.recipe import Recipe, load_recipe
 from ckptq.routing import unreached, warning
 from ckptq.scopes import find_scope
@@ -305,8 +306,8 @@ def test_every_expert_can_see_every_token(source: Path, tmp_path: Path) -> None:
 def test_experts_that_can_not_be_observed_are_no_silent_one(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = StreamedModel.__init__
 
-    def grouped(self: StreamedModel, *args: Any) -> None:
-        built(self, *args)
+    def grouped(self: StreamedModel, *args: Any, **options: Any) -> None:
+        built(self, *args, **options)
         self.model.set_experts_implementation("grouped_mm")
 
     monkeypatch.setattr(StreamedModel, "__init__", grouped)
@@ -372,7 +373,7 @@ def test_a_transposed_matrix_larger_than_the_buffers(
     spec = TensorSpec("b", "BF16", (n, k))
     left = at % (more + 1)
     turned = SourceTensor(spec, "model.safetensors", component.tensors["a"].offset + 2 * left, None, n + more)
-    wanted = raw(stored[:, left : left + n].T.contiguous())
+    wanted = raw(torch.empty(n, k, dtype=stored.dtype).copy_(stored[:, left : left + n].T))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ckptq.transpose.BLOCK", 1 << 14)
         patch.setattr("ckptq.transpose.CHUNK", 1 << 12)
@@ -408,6 +409,23 @@ def test_what_holds_no_experts_is_refused(tmp_path: Path) -> None:
         folder = Path(shutil.copytree(tmp_path / "good", tmp_path / f"bad{i}"))
         with pytest.raises(CkptqError, match=message):
             changed(folder, change)
+
+
+def test_codes_of_experts_that_lie_together_are_not_taken_for_their_values(tmp_path: Path) -> None:
+    """--from-fp8 sees a tensor called *.weight in BF16, whose bytes are no such."""
+    experts = TOGETHER.experts
+    assert experts is not None
+    scope = dataclasses.replace(
+        TOGETHER, experts=dataclasses.replace(experts, stored=tuple(f"{name}.weight" for name in experts.stored))
+    )
+    at = "model.language_model.layers.0.mlp.experts"
+    tensors = {f"{at}.gate_up_proj.weight": torch.zeros(E, HIDDEN, 10), f"{at}.down_proj.weight": torch.zeros(E, 5, HIDDEN)}
+    scales = {f"{name}_scale": torch.ones(1) for name in tensors}
+    together(tmp_path / "model", 5, transposed=True)
+    save_file({n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()} | scales, tmp_path / "model" / "model.safetensors")
+    config(lambda c: c.update(quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"}))(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match="F8_E4M3: experts that are stored together must be"):
+        unstack(dense(read_inventory(tmp_path / "model")), scope)
 
 
 def test_a_quantized_checkpoint_with_experts_together_is_not_judged(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from ckptq.exporters import find_exporter
 from ckptq.plan import Copy, Observer, Plan
 from ckptq.planner import build_plan
 from ckptq.recipe import load_recipe, shipped
+from ckptq.render import inspect_data
 from ckptq.scopes import Scope, all_scopes, at_path, find_scope
 from ckptq.streamed import StreamedModel
 from ckptq.unstack import unstack
@@ -137,6 +138,14 @@ def test_the_scope_names_what_is_stored_and_nothing_else(name: str, source: Made
     known = {p.name: p for p in parameters(scope, inventory.main.config, inventory.main.tensors)}
     assert {p.name for p in known.values() if p.required} <= stored.keys() <= known.keys()
     assert stored == {n: known[n].shape for n in stored}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inspect_suggests_the_familys_recipes_first(name: str, source: Made) -> None:
+    data = inspect_data(read_inventory(source(name)), None)
+    assert {*FAMILIES[name].recipes} <= {*data["suggested"]}
+    others = {recipe for other, recipe in RECIPES if other != name and recipe not in FAMILIES[name].recipes}
+    assert not others & {*data["suggested"]}
 
 
 @pytest.mark.parametrize(("name", "recipe"), RECIPES)

@@ -212,6 +212,8 @@ def test_a_plan_says_which_scope(converted: Made, capfd: pytest.CaptureFixture[s
 
 # A recipe's scope
 
+ROUTED = {"runtime": "e", "groups": [["e.{e}.a"], ["e.{e}.b"]], "linears": [], "dense": "mlp.", "counts": ["n"]}
+
 
 @pytest.mark.parametrize(
     ("change", "problem"),
@@ -229,6 +231,17 @@ def test_a_plan_says_which_scope(converted: Made, capfd: pytest.CaptureFixture[s
         (lambda s: s["parameters"].update({"mtp.{i}.weight": "4"}), "found 'mtp.{i}.weight'"),
         (lambda s: s.update(linears=[]), "expected linears with shards, found none"),
         (lambda s: s.update(parameters={str(i): "1" for i in range(600)}), "expected at most 512 names in a list, found more"),
+        (lambda s: s.update(kept=[]), "expected server_kept to have the server's names of modules among kept, found 'lm_head'"),
+        (lambda s: s.update(aliases=[["x", "xx"]] * 30), "expected aliases to be as many whole parts of a name"),
+        (lambda s: s.update(generations=[["a.", "b."]] * 40), "expected at most 32 rules in generations"),
+        (lambda s: s.update(experts=ROUTED | {"stored": ["e.a"]}), "expected experts.stored to have a name for each of the groups"),
+        (lambda s: s.update(experts=ROUTED | {"dense": "self_attn."}), "found 'self_attn.k_proj' among what they do without"),
+        (lambda s: s.update(experts=ROUTED | {"groups": [["e.a"], ["e.b"]]}), "expected '{e}' in the linears of experts.groups"),
+        (lambda s: s.update(experts=ROUTED | {"groups": [["e.{e}.a"]] * 2}), "expected each shard in one linear"),
+        (
+            lambda s: s["parameters"].update({f"e.{{e}}.{i}": "1" for i in range(20)}) or s.update(experts=ROUTED),
+            "at most 16 names",
+        ),
     ],
 )
 def test_a_mistake_in_a_scope_is_told_with_its_place(
@@ -241,6 +254,17 @@ def test_a_mistake_in_a_scope_is_told_with_its_place(
         load_recipe(str(path))
     assert problem in str(refused.value)
     assert len(str(refused.value)) < 1000, "a scope is not shown whole"
+
+
+@pytest.mark.parametrize(
+    "change", [{"auto_class": "AutoModelForCausalML"}, {"auto_class": "AutoModelForCTC"}, {"stage": "thinker"}]
+)
+def test_a_model_that_transformers_does_not_build_so_is_told(change: dict[str, Any], source: Made, tmp_path: Path) -> None:
+    path = recipe(tmp_path / "recipe.yaml", source("granite"), tmp_path / "out", as_yaml(proposal(source("granite"))))
+    job = prepare(load_recipe(str(path)))
+    job = replace(job, scope=replace(job.scope, **change))
+    with pytest.raises(UnsupportedError, match=r"the scope granite: .* builds no model of (GraniteConfig|thinker_config)"):
+        convert(job, resume=False, device="cpu", memory=None, console=Console(quiet=True))
 
 
 @pytest.mark.parametrize("scope", list(all_scopes()), ids=lambda scope: scope.name)

@@ -207,5 +207,8 @@ def test_the_versions_of_the_server_are_the_known_ones() -> None:
 
 def test_what_it_knows_is_what_there_is() -> None:
     sentence = README[README.index("It knows `quant_method`") :].partition("\n\n")[0]
+    assert set(re.findall(r"`([\w.-]+)`", sentence)) == {"quant_method", *known()}
+    assert "the architectures of [Models](#models)" in sentence.replace("\n", " ")
+    models = README[README.index("### Models") : README.index("### Calibration")]
     architectures = {name for scope in all_scopes() for name in scope.architectures}
-    assert set(re.findall(r"`([\w.-]+)`", sentence)) == {"quant_method", *known(), *architectures}
+    assert architectures - set(re.findall(r"`(\w+)`", models)) == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ckptq.plan import Observer
 from ckptq.recipe import CocoCalibration
 from ckptq.scopes import find_scope
 from ckptq.streamed import StreamedModel
+from ckptq.waiting import free_outside
 
 FAMILIES = families()
 SCENE = ROOT / "examples/scenes/calib/000001000000.jpg"
@@ -176,3 +178,18 @@ def alive(streamed: StreamedModel) -> int:
     own = {t.untyped_storage()._cdata for t in (*streamed.model.parameters(), *streamed.model.buffers(), *streamed._slots)}
     everything = (value for value in gc.get_objects() if type(value) is torch.Tensor)
     return sum({s._cdata: s.nbytes() for t in everything if (s := t.untyped_storage())._cdata not in own}.values())
+
+
+def test_what_a_module_keeps_for_another_is_not_freed() -> None:
+    """transformers' models pass such values on as attributes, too: an empty storage behind one would end the process."""
+    model = torch.nn.Module()
+    model.inner = torch.nn.Linear(2, 2)
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kept, given, dropped = torch.ones(4), torch.ones(4), torch.ones(4)
+        model.inner.features = [kept]
+        free_outside(sys._getframe(0), (given,), model)
+        return kept, given, dropped
+
+    assert [tensor.untyped_storage().nbytes() for tensor in forward()] == [16, 16, 0]
+    assert model.inner.weight.untyped_storage().nbytes() == 16

@@ -521,7 +521,6 @@ def trained(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("generated")
 def test_a_good_export_answers(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", SHIM)
     found = load(trained, PYTHON, generate=True)
@@ -535,7 +534,6 @@ def test_a_good_export_answers(trained: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("generated")
 def test_where_this_machine_has_no_kernel_the_answers_are_said_not_to_be_the_servers(
     example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,7 +550,6 @@ def test_where_this_machine_has_no_kernel_the_answers_are_said_not_to_be_the_ser
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("generated")
 def test_a_broken_one_answers_noise_and_sees_nothing(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", SHIM)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -193,7 +193,7 @@ class Encoder:
         if not self._has_processor:
             raise CalibrationError(
                 f"{self._folder} has no image processor ({' or '.join(_PROCESSOR_FILES[:2])}), and the calibration samples "
-                "have images",
+                "have images or audio",
                 hint="calibrate a checkpoint without a vision tower with source: text or builtin",
             )
         try:

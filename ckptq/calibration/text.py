@@ -237,5 +237,6 @@ def _hub_errors(entry: str) -> Iterator[None]:
     except (OSError, HFValidationError, httpx.HTTPError) as error:  # most of huggingface_hub's errors are OSErrors
         raise CalibrationError(
             f"{entry}: no such file, and the Hub's dataset of that name can't be had: {str(error).strip().splitlines()[0]}",
-            hint="check the spelling, the network and, for a private dataset, `hf auth login`; or name a local file",
+            hint="check the spelling, the network and, for a private dataset, `hf auth login`; or name a local file, "
+            "or calibrate with source: builtin",
         ) from error

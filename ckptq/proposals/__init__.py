@@ -86,7 +86,11 @@ def as_yaml(proposal: Proposal) -> str:
     """The section `scope:` of a recipe, with comments on what is uncertain."""
     import yaml
 
-    lines = ["# Proposed by `ckptq inspect`. What is uncertain was guessed: compare it with vLLM's own model file.", "scope:"]
+    lines = [
+        "# Proposed by `ckptq inspect`. What is uncertain was guessed: compare it with vLLM's own model file.",
+        "# Then put it into a recipe: `ckptq convert --recipe FILE --dry-run` shows what becomes what.",
+        "scope:",
+    ]
     body = _plain(proposal.scope)
     for name in (f.name for f in fields(Scope)):
         if why := proposal.uncertain.get(name):
