@@ -200,7 +200,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), **top: str | bool | No
         text = known.get(name.removesuffix(".yaml"), "")
         if not text:
             raise RecipeError(
-                f"{name}: no such file, and no shipped recipe of that name{close(name.removesuffix('.yaml'), known, near_only=True)}",
+                f"{name}: no such file, and no shipped recipe of that name"
+                f"{close(name.removesuffix('.yaml'), known, near_only=True)}",
                 hint="`ckptq recipes` lists those shipped",
             )
     return parse_recipe(text, name, overrides, **top)

@@ -120,7 +120,6 @@ def test_the_validator_finds_nothing_wrong_with_it(source: Path, output: Path) -
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("loads")
 def test_the_real_server_passes_it_over(output: Path) -> None:
     loaded = served(trace(output), output)
     assert loaded.findings == ()
@@ -153,7 +152,6 @@ def test_an_mtp_head_is_known_by_transformers_own_list(mtp: tuple[Path, Path]) -
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("loads")
 def test_the_real_server_passes_an_mtp_head_over(mtp: tuple[Path, Path]) -> None:
     assert served(trace(mtp[1]), mtp[1]).findings == ()
 

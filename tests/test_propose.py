@@ -362,7 +362,6 @@ def test_amaxes_equal_modelopts_bit_for_bit(name: str, converted: Made, modelopt
 
 
 @pytest.mark.server
-@pytest.mark.xdist_group("loads")
 @pytest.mark.parametrize("name", SERVED)
 def test_the_real_server_loads_it_whole(name: str, converted: Made) -> None:
     """vLLM 0.32.0 has a model file for Granite, and builds the other by its transformers backend."""
