@@ -92,8 +92,18 @@ class Console:
         else:
             human()
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
-        """A table on stdout; `right` numbers the right-aligned columns. Where no column has a name there is no header."""
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        right: Sequence[int] = (),
+        whole: Sequence[int] = (),
+    ) -> None:
+        """A table on stdout. `right` numbers the right-aligned columns, `whole` those whose cells are never folded.
+
+        Where no column has a name there is no header.
+        """
         from rich import box
         from rich.table import Table
 
@@ -103,7 +113,7 @@ class Console:
         table.show_edge = table.pad_edge = False
         table.collapse_padding = headed
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i in right else "left", overflow="fold")
+            table.add_column(column, justify="right" if i in right else "left", overflow="fold", no_wrap=i in whole)
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
         self.show(table)

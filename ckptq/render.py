@@ -325,5 +325,5 @@ def recipes_data(known: Mapping[str, str]) -> dict[str, Any]:
 
 def show_recipes(console: Console, data: Mapping[str, Any]) -> None:
     """`recipes` for people."""
-    console.table("", ("recipe", "what it does"), list(data.items()))
+    console.table("", ("recipe", "what it does"), list(data.items()), whole=(0,))
     console.show("`ckptq recipes NAME` prints one; `ckptq convert --recipe NAME` runs it.")

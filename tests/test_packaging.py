@@ -52,7 +52,7 @@ def test_it_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     # A line in a .pth adds the folder alone: the .pth files in it, the editable ckptq's among them, are not read.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")} | {"COLUMNS": "80"}
 
     def run(*arguments: str) -> str:
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,23 +162,30 @@ def test_what_waits_is_what_is_counted(
 
     monkeypatch.setattr(engine, "held_bytes", held)
     calls, found = iter(range(100)), []
+    run, others = runner(name), storages()
 
     def watch(streamed: StreamedModel) -> None:
         if next(calls) == 4:  # three samples have entered and passed the first layer
-            found.append(alive(streamed))
+            found.append(alive(streamed, others))
 
-    runner(name)(tmp_path / "kept", watch)
+    run(tmp_path / "kept", watch)
     ids_and_masks = 64 * sum(tokens)
     assert len(counted) == 3
     assert 0.8 * sum(counted) < found[0] < sum(counted) + ids_and_masks
 
 
-def alive(streamed: StreamedModel) -> int:
-    """Bytes of all tensors of this process but the model's."""
-    gc.collect()
+def alive(streamed: StreamedModel, others: Mapping[int, int]) -> int:
+    """Bytes of all tensors of this process but the model's and those of other tests."""
     own = {t.untyped_storage()._cdata for t in (*streamed.model.parameters(), *streamed.model.buffers(), *streamed._slots)}
+    return sum(nbytes for storage, nbytes in storages().items() if storage not in own and storage not in others)
+
+
+def storages() -> dict[int, int]:
+    """{storage: bytes} of every tensor that the collector knows."""
+    gc.collect()
     everything = (value for value in gc.get_objects() if type(value) is torch.Tensor)
-    return sum({s._cdata: s.nbytes() for t in everything if (s := t.untyped_storage())._cdata not in own}.values())
+    return {s._cdata: s.nbytes() for t in everything if (s := t.untyped_storage())}
+
 
 
 def test_what_a_module_keeps_for_another_is_not_freed() -> None:
