@@ -187,7 +187,6 @@ def storages() -> dict[int, int]:
     return {s._cdata: s.nbytes() for t in everything if (s := t.untyped_storage())}
 
 
-
 def test_what_a_module_keeps_for_another_is_not_freed() -> None:
     """transformers' models pass such values on as attributes, too: an empty storage behind one would end the process."""
     model = torch.nn.Module()
