@@ -48,21 +48,6 @@ def test_the_table_is_that_of_the_format() -> None:
     assert np.all(np.diff(VALUES) > 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_table_of_patterns_says_what_the_arithmetic_says(dtype: torch.dtype) -> None:
-    """Large weights are looked up, small ones computed: the same codes for every pattern, NaN too, whatever the desk did before."""
-    values = BF16.view(dtype)
-    desk = Desk()
-    for scale in SCALES:
-        codes = torch.empty((2, fp8.PATTERNS), dtype=torch.float8_e4m3fn)
-        fp8.encode(torch.stack([values, values.flip(0)]), SCHEMES["fp8"], scale, codes, None, desk)
-        computed = torch.empty((4, fp8.PATTERNS // 4), dtype=torch.float8_e4m3fn)
-        for part, out in zip(values.view(4, -1), computed, strict=True):
-            fp8.encode(part[None], SCHEMES["fp8"], scale, out[None], None, Desk())
-        assert torch.equal(codes[0].view(torch.uint8), computed.view(-1).view(torch.uint8))
-        assert torch.equal(codes[1].view(torch.uint8), computed.view(-1).view(torch.uint8).flip(0))
-
-
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_bf16_pattern_gets_the_nearest_code(scale: float) -> None:
     """All 65,536 patterns that fit the scale: exact for the float32 quotient, and within its rounding of the true one."""

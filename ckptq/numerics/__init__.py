@@ -6,14 +6,11 @@ A weight [n, k] is encoded in bands of whole rows, as many as fit the buffers; n
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 import torch
 
 from ckptq.schemes import Scheme
-
-Made = TypeVar("Made")
 
 
 class Desk:
@@ -22,7 +19,6 @@ class Desk:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._made: tuple[tuple[object, ...], object] | None = None
 
     def take(self, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized tensor [numel]; the same memory whenever `name` and `dtype` are the same."""
@@ -30,12 +26,6 @@ class Desk:
         if held is None or held.numel() < numel:
             held = self._held[name, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
         return held[:numel]
-
-    def remember(self, key: tuple[object, ...], make: Callable[[], Made]) -> Made:
-        """What `make` returns for `key`; only the latest is kept."""
-        if self._made is None or self._made[0] != key:
-            self._made = key, make()
-        return cast(Made, self._made[1])
 
     def number(self, name: str, value: float) -> torch.Tensor:
         """F32 [1]. On CUDA a division by a Python number is a multiplication by its inverse; by a tensor it is a division."""

@@ -15,8 +15,6 @@ from ckptq.numerics import Desk, patterns
 from ckptq.schemes import Scheme
 
 MAX = 448.0
-PATTERNS, LOOKED_UP = 1 << 16, 1 << 17
-"""Patterns of 16 bits, and values looked up at a time, for which Arrow takes fresh memory."""
 PIECE = 1 << 20
 """Elements of one row of blocks that are encoded at once."""
 
@@ -53,10 +51,7 @@ def encode(
     """
     if scales is None:
         assert whole is not None
-        if values.element_size() == 2 and values.device.type == "cpu" and values.numel() >= PATTERNS:
-            _look_up(values, whole, codes, desk)
-        else:
-            _divide(values, desk.number("whole", whole), codes, desk)
+        _divide(values, desk.number("whole", whole), codes, desk)
     elif scheme.rows == 1:
         scales.view(-1).copy_(_scales(patterns.amax(values, desk), desk))
         _divide(values, scales, codes, desk)
@@ -66,29 +61,6 @@ def encode(
             part = (slice(top, bottom), slice(left, right))
             place = scales[top // rows : -(-bottom // rows), left // columns : -(-right // columns)]
             _encode_blocks(values[part], min(rows, bottom - top), columns, codes[part], place, desk)
-
-
-def _look_up(values: torch.Tensor, whole: float, codes: torch.Tensor, desk: Desk) -> None:
-    """The same codes, from a table of what becomes of every pattern of 16 bits: twice as fast as doing the arithmetic.
-
-    Arrow's take is what is fast here: numpy's and torch's want indices of 64 or 32 bits.
-    """
-    import numpy as np
-    import pyarrow
-    from pyarrow.compute import take
-
-    def table() -> pyarrow.Array:
-        patterned = torch.arange(PATTERNS, dtype=torch.int32).to(torch.uint16).view(values.dtype)
-        coded = torch.empty(PATTERNS, dtype=codes.dtype)
-        _divide(patterned, desk.number("whole", whole), coded, desk)
-        return pyarrow.array(coded.view(torch.uint8).numpy())
-
-    known = desk.remember((whole, values.dtype), table)
-    every, out = values.reshape(-1).view(torch.uint16).numpy(), codes.view(torch.uint8).reshape(-1).numpy()
-    for at in range(0, len(out), LOOKED_UP):
-        part = slice(at, at + LOOKED_UP)
-        found = take(known, pyarrow.array(every[part]), boundscheck=False)
-        np.copyto(out[part], np.frombuffer(found.buffers()[1], np.uint8, len(found)))
 
 
 def _divide(values: torch.Tensor, divisors: torch.Tensor, codes: torch.Tensor, desk: Desk) -> None:
