@@ -41,11 +41,13 @@ format: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m ckptq.reports.catalog docs/findings.md
 
-# The server has an environment of its own: it wants other versions of the same packages.
-.venv-vllm/installed: constraints-vllm.txt tests/server/shim/sitecustomize.py
+# The server has an environment of its own: it wants other versions of the same packages. The server of pipelines has a folder in
+# it, for it registers itself with every vLLM that sees it.
+.venv-vllm/installed: constraints-vllm.txt constraints-omni.txt tests/server/shim/sitecustomize.py
 	$(PYTHON) -m venv .venv-vllm
 	$(SERVER)/pip install $(PIP_FLAGS) torch==2.13.0
 	$(SERVER)/pip install $(PIP_FLAGS) -r constraints-vllm.txt
+	$(SERVER)/pip install $(PIP_FLAGS) --upgrade --no-deps --no-compile --target .venv-vllm/omni -r constraints-omni.txt
 	cp tests/server/shim/sitecustomize.py "$$($(SERVER)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 

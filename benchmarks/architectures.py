@@ -43,6 +43,8 @@ LOADED = ("engine", "generate", "done")
 APART = 0.25
 """Nats: log-probabilities that are farther from the source's, on average, are no answers of the same model. Of these models, whose
 weights are random, those of two tokens of the prompt are 0.7 to 1.4 apart."""
+APART_FP4 = 0.4
+"""The same for weights of four bits, which alone, computed with in BF16, move the answers of these models by 0.22."""
 
 Row = dict[str, Any]
 
@@ -204,7 +206,8 @@ def row_of(
     # A model of random weights may well say one thing to everything, and worse than chance: that is no fault where its source does.
     usual = {f.code for f in vllm_answers.check(source["generated"])} if source and source["generated"] else set()
     wrong = [f"{f.code}: {f.found}" for f in errors if f.code not in usual]
-    wrong += ["answers unlike the source's"] if any(d is not None and d > APART for d in apart) else []
+    limit = APART_FP4 if "fp4" in trial.recipe else APART
+    wrong += ["answers unlike the source's"] if any(d is not None and d > limit for d in apart) else []
     wrong += ["after an image other tokens are likely than the source's"] if source and not alike(trace, source) else []
     wrong += ["the source was not served"] if source is None or source["generated"] is None else []
     return {**row, "state": "loaded", "why": one_line(wrong[0])} if wrong else {**row, "state": "generated"}
@@ -273,13 +276,13 @@ checkpoint with random weights, under the names of the hub's files, was converte
 of vLLM changed, but where a row says so.
 
 - **generated**: loaded, and it answered a text, and two images where there is a tower, as its source did: the mean difference of
-  log-probabilities is below {apart} nats.
+  log-probabilities is below {apart} nats, with weights of four bits below {fp4}.
   Rows that say *stand-in* lack an operator of vLLM's CPU build, `silu_and_mul_quant`, with which Llama's MLP quantizes for its last
   linear: `ckptq validate` had that linear do it, as everywhere else.
 - **loaded**: every element of every parameter of vLLM's was written, and every stored tensor read.
 - **keys only**: no run of it is recorded. Names, dtypes and shapes are what the rules of `ckptq validate` expect of that version.
 
-""".replace("{apart}", str(APART))
+""".replace("{apart}", str(APART)).replace("{fp4}", str(APART_FP4))
 
 
 def document(rows: Sequence[Row]) -> str:

@@ -129,7 +129,7 @@ def run_floor(job: dict[str, Any]) -> dict[str, float]:
 def _inputs(job: dict[str, Any]) -> list[dict[str, Any]]:
     from ckptq.calibration import load_samples
     from ckptq.calibration.encode import Encoder
-    from ckptq.recipe import TextCalibration
+    from ckptq.sections import TextCalibration
 
     settings = TextCalibration(source="text", files=job["text"], samples=job["samples"], sequence_length=job["length"])
     encoder = Encoder(Path(job["model"]), None, job["length"])

@@ -6,37 +6,36 @@ mapping count as resident memory. The folder may be anybody's: no name, size or 
 
 from __future__ import annotations
 
-import errno
 import fnmatch
-import hashlib
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 from ckptq.errors import SourceError
-from ckptq.folder import open_regular, printable, refuse_outside, walk
-from ckptq.index import INDEX, Disagreement, compare_index, natural, read_index, refuse_differences
-from ckptq.json_file import read_text_and_json
+from ckptq.folder import printable, refuse_outside, walk
+from ckptq.index import INDEX, Disagreement, compare_index, index_name, natural, read_index, refuse_differences
+from ckptq.json_file import read_json, read_text_and_json
+from ckptq.reader import Reader, fingerprint
 from ckptq.safetensors_header import DTYPE_BYTES, FLOATS, Codes, Header, SourceTensor, TensorSpec, check_header, read_header
 
-if TYPE_CHECKING:
-    from ckptq.dequantize import Dequantizer
-    from ckptq.transpose import Transposer
-
 __all__ = [  # what other modules import from here, wherever it is defined
-    "DTYPE_BYTES", "FLOATS", "INDEX", "SINGLE", "SPEAKERS", "STAGING", "WEIGHT_COPIES", "Codes", "Component", "Disagreement",
-    "Header", "Inventory", "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint", "is_consolidated",
-    "is_weight_copy", "read_config", "read_header", "read_index", "read_inventory",
+    "DTYPE_BYTES", "FLOATS", "INDEX", "PIPELINE", "SINGLE", "SPEAKERS", "STAGING", "WEIGHT_COPIES", "Codes", "Component",
+    "Disagreement", "Header", "Inventory", "Reader", "SourceTensor", "TensorSpec", "check_header", "fingerprint",
+    "is_consolidated", "is_weight_copy", "read_config", "read_header", "read_index", "read_inventory",
 ]  # fmt: skip
 
 SINGLE = "model.safetensors"
+PIPELINE = "model_index.json"
+"""What makes a folder a diffusers pipeline: {component: [library, class]}."""
+STEMS = ("diffusion_pytorch_model", "model")
+"""What weight files of a pipeline's component are called: by diffusers, by transformers."""
 STAGING = ".ckptq-partial"
 """The folder inside an output in which everything is written before it is published; its presence means: not finished."""
 
+_ONLY = "ckptq reads safetensors checkpoints only"
 TENSOR_LIMIT = 1_000_000
 WEIGHT_FILE_LIMIT = 4096
 
@@ -59,6 +58,7 @@ class Component:
     indexed        whether there is an index
     disagreements  empty where the inventory was read strictly
     dequantized    what was done to a quantized checkpoint to see it as this one, in sentences; empty for one that is as stored
+    stem           what its weight files are called, before a number and `.safetensors`
     """
 
     folder: str
@@ -71,6 +71,12 @@ class Component:
     indexed: bool = True
     disagreements: tuple[Disagreement, ...] = ()
     dequantized: tuple[str, ...] = ()
+    stem: str = "model"
+
+    @property
+    def index(self) -> str:
+        """The name of its index, whether there is one or not."""
+        return index_name(self.stem)
 
     @property
     def nbytes(self) -> int:
@@ -83,14 +89,28 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """A checkpoint as its headers describe it. A plain model is a pipeline with one component, whose folder is ""."""
+    """A checkpoint as its headers describe it. A plain model is a pipeline with one component, whose folder is "".
+
+    components  those with weights in safetensors
+    pipeline    model_index.json; None of a plain model
+    files       a pipeline's files outside of `components`, relative to the root: schedulers, tokenizers, the index itself
+    left_out    further copies of the weights among them
+    """
 
     root: Path
     components: tuple[Component, ...]
+    pipeline: Mapping[str, Any] | None = None
+    files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def main(self) -> Component:
+        """The one component of a plain model."""
         return self.components[0]
+
+    def component(self, folder: str) -> Component:
+        """The component in that folder."""
+        return next(component for component in self.components if component.folder == folder)
 
 
 def read_inventory(root: Path, header: Callable[[Path], Header] = read_header, *, strict: bool = True) -> Inventory:
@@ -102,21 +122,56 @@ def read_inventory(root: Path, header: Callable[[Path], Header] = read_header, *
     try:
         if not root.is_dir():
             raise SourceError(f"{root}: no such folder", hint="give a folder, or a Hub id as org/name[@revision]")
-        return Inventory(root, (_read_component(root, "", header, strict),))
+        if (root / PIPELINE).is_file():
+            return _read_pipeline(root, header, strict)
+        named = (root / SINGLE).exists() or (root / INDEX).is_file()  # a component by itself may have diffusers' name for it
+        stem = "model" if named else _stem_of(root, header) or "model"
+        return Inventory(root, (_read_component(root, "", header, strict, stem),))
     except OSError as error:
         raise SourceError(f"{printable(str(error.filename or root))}: can't be read: {error.strerror}") from error
 
 
-def _read_component(root: Path, folder: str, header: Callable[[Path], Header], strict: bool) -> Component:
+def _read_pipeline(root: Path, header: Callable[[Path], Header], strict: bool) -> Inventory:
+    index = read_json(root / PIPELINE)
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise SourceError(f"{root / PIPELINE}: expected the index of a pipeline, with a _class_name", hint="fetch it again")
+    listed = component_names(index)
+    if strict and (absent := [name for name in listed if not (root / name).is_dir()]):
+        raise SourceError(f"{PIPELINE} names the component {printable(absent[0])}: no such folder", hint="fetch the pipeline again")
+    stems = {name: stem for name in listed if (stem := _stem_of(root / name, header))}
+    if not stems:
+        raise SourceError(f"{root}: no component of this pipeline has weights in safetensors", hint=_ONLY)
+    components = tuple(_read_component(root, name, header, strict, stem) for name, stem in stems.items())
+    names = [n for n, hidden in walk(root) if not hidden and n.partition("/")[0] not in stems]
+    copies = tuple(n for n in names if n.partition("/")[0] not in listed and is_weight_copy(n))
+    return Inventory(root, components, MappingProxyType(index), tuple(n for n in names if n not in copies), copies)
+
+
+def component_names(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The components of a model_index.json that are there: one that a pipeline does without is [null, null]."""
+    found = (name for name, what in index.items() if isinstance(what, list) and len(what) == 2 and what[1] is not None)
+    return tuple(name for name in found if name.isidentifier() and not name.startswith("_"))
+
+
+def _stem_of(base: Path, header: Callable[[Path], Header]) -> str:
+    """What the component's weight files are called; "" where it has none in safetensors."""
+    for stem in STEMS:
+        if (base / index_name(stem)).is_file() or (base / f"{stem}.safetensors").exists():
+            return stem
+    remote = getattr(header, "remote", {})  # see hub.py: files that are not here yet
+    return next((stem for stem in STEMS if f"{base.name}/{stem}.safetensors" in remote), "")
+
+
+def _read_component(root: Path, folder: str, header: Callable[[Path], Header], strict: bool, stem: str = "model") -> Component:
     base = root / folder
     text, config = read_config(base)
-    weight_map = read_index(base)
-    files = _weight_files(base, weight_map, strict)
+    weight_map = read_index(base, stem)
+    files = _weight_files(base, weight_map, strict, f"{stem}.safetensors")
     tensors: dict[str, SourceTensor] = {}
     noted: list[Disagreement] = []
     for file in files:
         if header is read_header:
-            _refuse_absent(base, file, weight_map is not None)
+            _refuse_absent(base, file, index_name(stem), indexed=weight_map is not None)
         for name, entry in header(base / file).items():
             tensor = SourceTensor(TensorSpec(name, entry["dtype"], entry["shape"]), file, entry["offset"])
             if name in tensors:
@@ -131,7 +186,7 @@ def _read_component(root: Path, folder: str, header: Callable[[Path], Header], s
         if strict:
             refuse_differences(differences)
         noted += differences
-    sidecars, left_out = _other_files(base, files)
+    sidecars, left_out = _other_files(base, {*files, "config.json", index_name(stem)})
     return Component(
         folder,
         text,
@@ -142,34 +197,35 @@ def _read_component(root: Path, folder: str, header: Callable[[Path], Header], s
         tuple(left_out),
         weight_map is not None,
         tuple(noted),
+        stem=stem,
     )
 
 
-def _weight_files(base: Path, weight_map: Mapping[str, str] | None, strict: bool) -> list[str]:
+def _weight_files(base: Path, weight_map: Mapping[str, str] | None, strict: bool, single: str) -> list[str]:
     """The files that hold the model, in the order in which vLLM reads them, so that of two equal names the later counts.
 
     vLLM 0.32.0 model_loader/default_loader.py _prepare_weights; the order: weight_utils.py safetensors_weights_iterator.
     """
-    names: Collection[str] = [SINGLE]
+    names: Collection[str] = [single]
     if weight_map is not None:
         names = set(weight_map.values())
     elif not strict:
         found = [path.name for path in base.iterdir() if path.name.endswith(".safetensors")]
-        names = [name for name in found if not name.startswith(".") and not is_consolidated(name)] or [SINGLE]
+        names = [name for name in found if not name.startswith(".") and not is_consolidated(name)] or [single]
     if len(names) > WEIGHT_FILE_LIMIT:
         raise SourceError(f"{base}: expected at most {WEIGHT_FILE_LIMIT} weight files, found {len(names)}")
     return sorted(names, key=natural)
 
 
-def _refuse_absent(base: Path, file: str, indexed: bool) -> None:
+def _refuse_absent(base: Path, file: str, index: str, *, indexed: bool) -> None:
     refuse_outside(base / file, base)
     if not (base / file).exists():
         found = [printable(p.name) for p in sorted(base.glob("*.safetensors"))]
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        named = f"named by {INDEX}" if indexed else f"expected where there is no {INDEX}"
+        named = f"named by {index}" if indexed else f"expected where there is no {index}"
         raise SourceError(
             f"{file}: missing, {named}; found {', '.join(found[:8]) or 'no *.safetensors'}{more} in {base}",
-            hint="fetch the checkpoint again" if found else "ckptq reads safetensors checkpoints only",
+            hint="fetch the checkpoint again" if found else _ONLY,
         )
 
 
@@ -184,14 +240,13 @@ def read_config(base: Path) -> tuple[str, dict[str, Any]]:
     return text, config
 
 
-def _other_files(base: Path, weights: Collection[str]) -> tuple[list[str], list[str]]:
+def _other_files(base: Path, own: Collection[str]) -> tuple[list[str], list[str]]:
     """Files that travel along, and further copies of the weights, which are left out; both relative to `base`.
 
     Of hidden folders vLLM sees one thing: a consolidated*.safetensors (transformers_utils/repo_utils.py list_repo_files).
     """
     kept: list[str] = []
     left: list[str] = []
-    own = {*weights, "config.json", INDEX}
     for name, hidden in walk(base):
         if hidden and not is_consolidated(name):
             continue
@@ -208,96 +263,3 @@ def is_weight_copy(name: str) -> bool:
 def is_consolidated(name: str) -> bool:
     """Whether vLLM takes a folder with this file in it, at any depth, for one in Mistral's own format."""
     return fnmatch.fnmatchcase(name.rpartition("/")[2], "consolidated*.safetensors")
-
-
-def fingerprint(root: Path, component: Component) -> str:
-    """SHA-256 over config.json, every header entry and 64 spots of 4 KiB in each weight file.
-
-    Two fine-tunes of one model have equal headers and sizes, so bytes of the weights must count; all of them would cost a
-    pass over the disk.
-    """
-    digest = hashlib.sha256(component.config_text.encode())
-    for name, tensor in sorted(component.tensors.items()):
-        digest.update(f"{name}|{tensor.spec.dtype}|{tensor.spec.shape}|{tensor.file}|{tensor.offset}\n".encode())
-        if tensor.codes is not None:
-            digest.update(f"{tensor.codes}\n".encode())
-        if tensor.stride:
-            digest.update(f"{tensor.stride}\n".encode())
-    for file in component.weight_files:
-        fd = _open(root / component.folder / file)
-        try:
-            size = os.fstat(fd).st_size
-            for spot in range(64):
-                digest.update(os.pread(fd, 4096, size * spot // 64))
-        finally:
-            os.close(fd)
-    return digest.hexdigest()
-
-
-def _open(path: Path) -> int:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        hint = "raise the limit of open files: `ulimit -n 8192`" if error.errno == errno.EMFILE else None
-        raise SourceError(f"{printable(path.name)}: can't be read: {error.strerror}", hint=hint) from error
-
-
-class Reader:
-    """Bounded reads from a component's weight files, from any thread. Holds one descriptor a file; use it as a context."""
-
-    def __init__(self, root: Path, component: Component) -> None:
-        self._files: dict[str, int] = {}
-        self._dequantizer: Dequantizer | None = None
-        self._transposer: Transposer | None = None
-        if component.dequantized:
-            from ckptq.dequantize import Dequantizer  # which imports torch
-
-            self._dequantizer = Dequantizer(self.read_stored)
-        if any(tensor.stride for tensor in component.tensors.values()):
-            from ckptq.transpose import Transposer
-
-            self._transposer = Transposer(self.read_stored)
-        try:
-            for file in component.weight_files:
-                self._files[file] = _open(root / component.folder / file)
-        except SourceError:
-            self.close()
-            raise
-
-    def read_into(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the tensor's bytes from `start` on (bytes from the tensor's own start).
-
-        Raises SourceError for a file that ends early, DataError for scales of codes that are not finite.
-        """
-        if tensor.as_stored:
-            self.read_stored(tensor, start, buffer)
-        elif tensor.codes is None:
-            assert self._transposer is not None
-            self._transposer.read_into(tensor, start, buffer)
-        else:
-            assert self._dequantizer is not None
-            self._dequantizer.read_into(tensor, start, buffer)
-
-    def read_stored(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
-        """The same of the bytes that lie in the file."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._files[tensor.file], [buffer[done:]], tensor.offset + start + done)
-            if count == 0:
-                raise SourceError(f"{tensor.file}: ended while {printable(tensor.spec.name)} was read; was it changed meanwhile?")
-            done += count
-
-    def place(self, tensor: SourceTensor) -> tuple[int, int]:
-        """(descriptor, offset) of a tensor's bytes as they are stored, for the kernel to copy."""
-        return self._files[tensor.file], tensor.offset
-
-    def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -63,11 +63,12 @@ def convert(
     format: FormatOption = "human",
 ) -> None:
     """Quantize a checkpoint as a recipe says, and check the result."""
-    from ckptq import render
+    from ckptq import render_job as render
     from ckptq.console import Console
     from ckptq.convert import convert as run
-    from ckptq.convert import prepare
-    from ckptq.recipe import load_recipe, size_option
+    from ckptq.prepare import prepare
+    from ckptq.recipe import load_recipe
+    from ckptq.sections import size_option
     from ckptq.validators import has_errors
 
     limit = size_option("--memory", memory)
@@ -144,6 +145,27 @@ def validate(
         raise
     tell(outcome)
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def restore(
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="An FP8 checkpoint: a folder, or a Hub id org/name[@revision].")],
+    output: Annotated[Path, typer.Argument(metavar="BF16_DIR", help="Folder to write; must not exist.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop: no weights read, no output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with this job's interrupted run, if there is one.")] = False,
+    format: FormatOption = "human",
+) -> None:
+    """Turn FP8 weights back into a plain BF16 checkpoint, within the format's error."""
+    from ckptq import restore as restoring
+    from ckptq.console import Console
+
+    console = Console(format)
+    job = restoring.prepare(checkpoint)
+    if dry_run:
+        console.result(restoring.plan_data(job), lambda: restoring.show_plan(console, job))
+        return
+    report = restoring.restore(job, output, console, resume=resume)
+    console.result(restoring.report_data(report), lambda: restoring.show_report(console, report))
 
 
 @app.command()
@@ -264,7 +286,7 @@ def _stop_now(arguments: list[str]) -> NoReturn:
 
 
 def _resume_hint(arguments: list[str]) -> str | None:
-    if "convert" not in arguments or "--dry-run" in arguments:
+    if not {"convert", "restore"} & {*arguments} or "--dry-run" in arguments:
         return None
     rest = arguments if "--resume" in arguments else [*arguments, "--resume"]
     command = ["ckptq"] if shutil.which("ckptq") else [sys.executable, "-m", "ckptq"]

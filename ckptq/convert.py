@@ -3,54 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptq import cost, hub, quantized, reuse, validate
+from ckptq import cost, hub, reuse, validate
 from ckptq.calibration import load_samples
-from ckptq.checkpoint import INDEX, Inventory, read_inventory
+from ckptq.checkpoint import INDEX, PIPELINE
 from ckptq.console import Console
-from ckptq.cost import Cost
 from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError
 from ckptq.exporters import find_exporter
 from ckptq.job import job_record
 from ckptq.journal import RECORD, Journal
-from ckptq.plan import Plan
-from ckptq.planner import build_plan
+from ckptq.prepare import Prepared as Prepared
+from ckptq.prepare import prepare as prepare
 from ckptq.produce import listed, produce
-from ckptq.recipe import Recipe
-from ckptq.reuse import Reused
 from ckptq.scopes import Scope
-from ckptq.spelled import choose_scope
-from ckptq.unstack import unstack
+from ckptq.scopes.denoisers import Denoiser
 from ckptq.validators import Finding
 
-LAST = (RECORD, INDEX, "hf_quant_config.json", "config.json")
-"""Published after everything else, in this order: config.json is what makes a folder a checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A job that has been planned and found sound, before any arithmetic."""
-
-    recipe: Recipe
-    source: hub.Source
-    inventory: Inventory
-    scope: Scope
-    plan: Plan
-    cost: Cost
-    findings: tuple[Finding, ...]
-    reused: Reused | None = None
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether samples run through the model: scales come from activations, and no earlier run has measured them."""
-        return self.plan.calibrated and self.reused is None
+LAST = (RECORD, INDEX, "hf_quant_config.json", "config.json", PIPELINE)
+"""Published after everything else, in this order: the last of them that there is makes a folder a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a finished run did. Sizes are in bytes, times in seconds. `carried`: see Plan."""
+    """What a finished run did. Sizes are in bytes, times in seconds.
+
+    carried  see Plan
+    notes    who reads the output, and what else its user should know
+    serve    the command that serves it; "" where no server reads what was converted
+    """
 
     output: Path
     format: str
@@ -62,28 +46,8 @@ class Report:
     tensors: dict[str, int]
     findings: tuple[Finding, ...]
     carried: tuple[str, ...] = ()
-
-
-def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
-    """Reads headers and plans. Of a Hub source's weights nothing else is fetched yet.
-
-    amax   the ckptq.json of an earlier run, or its folder: what it measured stands for a calibration
-    """
-    if recipe.model is None:
-        raise RecipeError("the recipe names no model", hint="add `model:` to it, or give --model SRC")
-    source = hub.fetch(recipe.model, weights=False)
-    inventory = read_inventory(source.root, source.header)
-    if recipe.from_fp8:
-        inventory = quantized.dense(inventory)
-    scope = choose_scope(inventory.main.config, recipe.scope)
-    inventory = unstack(inventory, scope)
-    plan = build_plan(recipe, inventory.main, scope, find_exporter(recipe.export.format))
-    reused = reuse.read_amax(amax) if amax is not None else None
-    if reused is not None:
-        reuse.refuse_missing(reused, plan)
-    findings = validate.validate_plan(plan, scope)
-    needs = cost.estimate(plan, inventory.main, scope, recipe, calibrates=plan.calibrated and reused is None)
-    return Prepared(recipe, source, inventory, scope, plan, needs, tuple(findings), reused)
+    notes: tuple[str, ...] = ()
+    serve: str = ""
 
 
 def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, console: Console) -> Report:
@@ -98,18 +62,18 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     for finding in job.findings:
         console.warn(f"of the planned output: {finding.code}: {finding.subject}: {finding.found}: {finding.effect}")
     output = Path(job.recipe.output)
-    if job.reused is not None and not job.plan.calibrated:
+    if job.reused is not None and not job.calibrated:
         console.note(f"--amax {job.reused.path} is not used: the recipe needs no calibration")
     elif job.reused is not None and "calibration" in job.recipe.model_fields_set:
         console.note(f"the recipe's calibration is not used: the amaxes are those in {job.reused.path}")
     samples = load_samples(job.recipe.calibration) if job.calibrates else []
     if len(samples) < job.recipe.calibration.samples and job.calibrates:
         console.warn(f"calibration has {len(samples)} of the {job.recipe.calibration.samples} samples that the recipe asks for")
-    journal = Journal(output)
+    journal = Journal(output, "config.json" if job.inventory.pipeline is None else PIPELINE)
     journal.refuse_existing(resume=resume)
-    cost.check_space(output, job.plan.nbytes - journal.written_bytes())
+    cost.check_space(output, job.output_bytes - journal.written_bytes())
     device = resolve_device(device)
-    job, waiting = _fit(job, memory, device) if job.calibrates else (job, 0)
+    job, waiting = _fit(job, memory, device) if job.calibrates and job.cost.samples else (job, 0)
     if job.recipe.model is not None and job.source.label is not None:  # all that is cheap to check has been checked
         job = dataclasses.replace(job, source=hub.fetch(job.recipe.model, weights=True))
     record = job_record(job, samples, device)
@@ -117,7 +81,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         reuse.refuse_other_source(job.reused, record)
     if journal.open(record, resume=resume):
         try:
-            findings = None if journal.publishing else produce(job, samples, journal, record, waiting, console)
+            findings = None if journal.publishing else produce(job, samples, journal, record, waiting, console, memory)
             journal.publish(LAST)
         except (CalibrationError, DataError, SourceError):
             journal.forget_start()  # the input is at fault: mended, it is another job
@@ -127,7 +91,8 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     else:
         findings = None
     if findings is None:  # an earlier run had checked and begun to publish
-        findings = validate.examine(output, progress=console, scope=job.scope).findings
+        scope = job.parts[0].scope
+        findings = validate.examine(output, progress=console, scope=scope if isinstance(scope, Scope) else None).findings
     return _report(job, output, findings, console)
 
 
@@ -164,17 +129,39 @@ def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console:
     import torch
 
     kinds: dict[str, int] = {}
-    for spec in job.plan.tensors.values():
+    for spec in (spec for part in job.parts for spec in part.plan.tensors.values()):
         kinds[spec.dtype] = kinds.get(spec.dtype, 0) + 1
     return Report(
         output=output,
         format=job.recipe.export.format,
-        source_bytes=job.inventory.main.stored_bytes,
-        output_bytes=job.plan.nbytes,
+        source_bytes=sum(component.stored_bytes for component in job.inventory.components),
+        output_bytes=job.output_bytes,
         seconds=dict(console.seconds),
         peak_rss=cost.peak_rss(),
         peak_gpu=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         tensors=dict(sorted(kinds.items())),
         findings=findings,
-        carried=job.plan.carried,
+        carried=tuple(name for part in job.parts for name in part.plan.carried),
+        notes=tuple(_notes(job)),
+        serve=_serve(job, output),
     )
+
+
+def _notes(job: Prepared) -> Iterator[str]:
+    scopes = [part.scope for part in job.parts]
+    if any(isinstance(scope, Scope) for scope in scopes):
+        yield find_exporter(job.recipe.export.format).READERS
+    for part in job.parts:
+        if isinstance(part.scope, Denoiser):
+            names = f"; {len(part.plan.renamed)} tensors have the server's names" if part.plan.renamed else ""
+            yield f"{part.folder or 'the denoiser'}: vLLM-Omni reads it; diffusers' from_pretrained does not{names}"
+        elif part.scope is None:
+            yield f"{part.folder}: no server reads it: `ckptq restore` bakes it back to BF16, ckptq.loading loads it for diffusers"
+
+
+def _serve(job: Prepared, output: Path) -> str:
+    denoisers = [part.scope for part in job.parts if isinstance(part.scope, Denoiser)]
+    if not denoisers:
+        return f"vllm serve {shlex.quote(str(output))}" if isinstance(job.parts[0].scope, Scope) else ""
+    option = denoisers[0].options.get(job.recipe.export.format, "")
+    return f"vllm serve {shlex.quote(str(output))} --omni {option}".rstrip()

@@ -148,7 +148,7 @@ def encode(
 
 def _bands(op: Encode, source: SourceTensor, part: range, values: int) -> Iterator[range]:
     """The rows that have codes in the part, as many at a time as `values` are in hand; whole groups of rows that share scales."""
-    n, k = source.spec.shape
+    n, k = _matrix(source.spec)
     high, row = op.scheme.rows or 1, op.codes.nbytes // n
     step = max(values // k // high, 1) * high
     end = min(-(-part.stop // (row * high)) * high, n)
@@ -160,7 +160,7 @@ def _encode_band(
     op: Encode, source: SourceTensor, reader: Reader, whole: float | None, band: range, bench: Bench
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(codes, local scales) of these rows, on the device."""
-    scheme, shape = op.scheme, (len(band), source.spec.shape[1])
+    scheme, shape = op.scheme, (len(band), _matrix(source.spec)[1])
     values = bench.load(reader, source, band.start * shape[1], shape[0] * shape[1]).view(shape)
     codes = bench.blank("codes", (shape[0], shape[1] // scheme.packed), TORCH_DTYPES[op.codes.dtype])
     scales = bench.blank("scales", scheme.scale_shape(shape), TORCH_DTYPES[op.local.dtype]) if op.local else None
@@ -168,6 +168,11 @@ def _encode_band(
     if scales is not None:  # under F32 scales of their own, odd values make odd scales; others can't hold them
         refuse_odd(source.spec.name, source.file, fp8.amax(scales if scheme.scale == "F32" else values))
     return codes, scales
+
+
+def _matrix(spec: TensorSpec) -> tuple[int, int]:
+    """[n, k] of a weight [n, ...]: a convolution's kernels, one for each output channel, are its rows."""
+    return spec.shape[0], spec.numel // spec.shape[0]
 
 
 def _owned(scales: memoryview, band: range, row: int, high: int, part: range) -> memoryview:

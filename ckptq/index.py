@@ -41,9 +41,14 @@ class Disagreement:
     replaced: SourceTensor | None = None
 
 
-def read_index(base: Path) -> dict[str, str] | None:
+def index_name(stem: str) -> str:
+    """The index's file for weights called `stem`: `model`, or of diffusers' own models `diffusion_pytorch_model`."""
+    return f"{stem}.safetensors.index.json"
+
+
+def read_index(base: Path, stem: str = "model") -> dict[str, str] | None:
     """The weight_map of the index, {tensor: file}, or None where there is no index."""
-    path = base / INDEX
+    path = base / index_name(stem)
     try:
         data = read_json(path, INDEX_LIMIT)
     except FileNotFoundError:

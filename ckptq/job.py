@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ckptq import __version__
 from ckptq.calibration import Sample
 from ckptq.calibration import digest as samples_digest
-from ckptq.checkpoint import fingerprint
+from ckptq.checkpoint import fingerprint, is_weight_copy
 
 if TYPE_CHECKING:
-    from ckptq.convert import Prepared
+    from ckptq.prepare import Prepared
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy")
 
@@ -24,19 +24,33 @@ def job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, A
     import torch
 
     versions = {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    measured = {} if job.reused is None else {"amax": job.reused.origin(job.plan)}
+    measured = {} if job.reused is None else {"amax": job.reused.origin(job.parts)}
+    components = job.inventory.components
     return {
-        "plan": job.plan.digest,
+        "plan": _joined([part.plan.digest for part in job.parts]),
         "recipe": _portable_recipe(job),
         "source": job.source.label or "local folder",
-        "source_fingerprint": fingerprint(job.source.root, job.inventory.main),
-        "source_files": _files_digest(job.source.root / job.inventory.main.folder, job.plan.sidecars),
+        "source_fingerprint": _joined([fingerprint(job.source.root, component) for component in components]),
+        "source_files": _files_digest(job.source.root, _small_files(job)),
         "samples": samples_digest(samples) if samples else None,
         **measured,
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def _joined(digests: Sequence[str]) -> str:
+    """One digest of several; of one, itself."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _small_files(job: Prepared) -> list[str]:
+    """All files of the source that travel along but weights, which fingerprints speak for."""
+    if job.inventory.pipeline is None:
+        return list(job.plan.sidecars)
+    of_parts = [f"{part.folder}/{name}" for part in job.parts for name in part.plan.sidecars]
+    return [*of_parts, *(name for name in job.kept if not is_weight_copy(name))]
 
 
 def _files_digest(base: Path, names: Sequence[str]) -> str:
@@ -50,7 +64,7 @@ def _files_digest(base: Path, names: Sequence[str]) -> str:
 
 def _portable_recipe(job: Prepared) -> dict[str, Any]:
     """The recipe as resolved, without the paths of this machine: samples and source are recorded by their content."""
-    body = job.recipe.model_dump(mode="json", exclude={"model", "output"})
+    body = job.recipe.model_dump(mode="json", exclude={"model", "output", *([] if job.recipe.components else ["components"])})
     if job.reused is not None:
         del body["calibration"]
         return body

@@ -35,8 +35,10 @@ RECORD = "ckptq.json"
 class Journal:
     """The staging folder of one output, locked while this process works in it."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, marker: str = "config.json") -> None:
+        """`marker`: the file that is published last, and makes the output a checkpoint."""
         self.output = output
+        self._marker = marker
         self.staging = output / STAGING
         self.model = self.staging / "model"
         self._job = self.staging / "job.json"
@@ -76,7 +78,7 @@ class Journal:
             if not resume:
                 raise OutputError(f"{self.output}: an interrupted job is there", hint="add --resume to go on, or remove the folder")
             self._compare(json.loads(self._job.read_text(encoding="utf-8")), job)
-        elif (self.output / "config.json").is_file():  # published; a kill struck while the staging folder was removed
+        elif (self.output / self._marker).is_file():  # published; a kill struck while the staging folder was removed
             self._compare(self._record(), job)
             self.close()
             return False
@@ -89,7 +91,7 @@ class Journal:
 
     def _published_by(self, job: Mapping[str, Any]) -> bool:
         """Whether this job has published its output whole; a kill may have struck after its last step."""
-        return (self.output / "config.json").is_file() and self._record() == job
+        return (self.output / self._marker).is_file() and self._record() == job
 
     def _record(self) -> dict[str, Any]:
         """The job that a published output says it comes from."""
@@ -108,13 +110,13 @@ class Journal:
 
     def written_bytes(self) -> int:
         """What the finished files of an interrupted run take, here or already published."""
-        folders = (self.model, self.output) if self.staging.is_dir() else ()
-        return sum(p.stat().st_size for folder in folders for p in folder.glob("*.safetensors"))
+        found = self.output.rglob("*.safetensors") if self.staging.is_dir() else ()
+        return sum(p.stat().st_size for p in found if p.parent != self.staging and p.is_file())
 
     def forget_start(self) -> None:
         """Removes an output in which a resumed run would find nothing that cost time: no calibration state, no finished shard."""
-        costly = ("activations.json", "calibration.safetensors", "publishing")
-        if any((self.staging / name).is_file() for name in costly) or any(self.model.glob("*.safetensors")):
+        costly = ("*activations.json", "calibration.safetensors", "publishing")
+        if any(any(self.staging.glob(name)) for name in costly) or any(self.model.rglob("*.safetensors")):
             return
         self.close()
         if not any(self.output.iterdir()):
@@ -123,7 +125,7 @@ class Journal:
     def publish(self, last: tuple[str, ...]) -> None:
         """Moves the finished files out of staging, `last` at the end in this order, then removes the staging folder.
 
-        A folder without config.json is no checkpoint to anybody, so with config.json last no reader sees half of one.
+        A folder without config.json, or model_index.json, is no checkpoint to anybody: with that last no reader sees half of one.
         """
         write_text(self._publishing, "")
         files = [p.relative_to(self.model).as_posix() for p in sorted(self.model.rglob("*")) if p.is_file()]

@@ -36,13 +36,15 @@ class Filling:
     sources: tuple[SourceTensor, ...]
 
 
-def place(model: Any, component: Component, scope: Scope) -> Placement:
+def place(model: Any, component: Component, scope: Scope | None) -> Placement:
     """Where transformers would put every stored tensor. Raises UnsupportedError where it would compute with them on the way."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
-    if scope.experts is not None and scope.experts.stored:  # seen one by one here, which its own mapping does not know
+    if (
+        scope is not None and scope.experts is not None and scope.experts.stored
+    ):  # seen one by one here, which its own mapping does not know
         mapping = [*mapping, *get_checkpoint_conversion_mapping(ONE_BY_ONE)]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -134,6 +134,12 @@ class Plan:
         return sum(shard.data_bytes for shard in self.shards)
 
     @property
+    def renamed(self) -> dict[str, str]:
+        """{tensor of the source: what the output calls it} of those whose name changes."""
+        pairs = ((op.source, op.outputs[0].name) for op in self.ops if not isinstance(op, Scale))
+        return {source: name for source, name in pairs if source != name}
+
+    @property
     def calibrated(self) -> bool:
         """Whether any scale comes from activations, so that samples must run through the model."""
         return any(o.kind != "weight" for o in self.observers)
@@ -177,6 +183,7 @@ class Layout:
     kept_fused    then, of the linears in kept_linears, the names as servers fuse them
     listed        whether what is quantized must be listed, because no list of what stays reaches all that does
     kept_experts  layers' routed experts that stay, by the name of the module around them
+    server        who loads it. For vLLM-Omni's denoisers kept_linears is the whole list of what stays, in the server's own names
     """
 
     groups: tuple[QuantizedGroup, ...]
@@ -188,6 +195,7 @@ class Layout:
     kept_fused: tuple[str, ...] = ()
     listed: bool = False
     kept_experts: tuple[str, ...] = ()
+    server: Literal["vllm", "vllm-omni"] = "vllm"
 
     @property
     def schemes(self) -> dict[str, tuple[str, ...]]:
@@ -201,12 +209,14 @@ class Layout:
 class Exporter(Protocol):
     """An on-disk format: a module in ckptq/exporters with these functions, found by its file name.
 
-    SCHEMES  {scheme: the format's own word for it}, of all that the format has a form for
-    READERS  who reads the format, for the report
+    SCHEMES   {scheme: the format's own word for it}, of all that the format has a form for
+    READERS   who reads the format, for the report
+    PATTERNS  whether its list of what stays may hold patterns; otherwise names count whole
     """
 
     SCHEMES: Mapping[str, str]
     READERS: str
+    PATTERNS: bool
 
     def check(self, layout: Layout) -> None:
         """Raises RecipeError, with the reason, for schemes together or a KV cache that the format has no form for."""

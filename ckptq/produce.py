@@ -6,53 +6,75 @@ CPU both would want the same processors, so there the samples run first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 from ckptq import digest, reuse, routing, validate
 from ckptq.calibration import Sample
 from ckptq.checkpoint import FLOATS, Reader
 from ckptq.console import Advance, Console, size
 from ckptq.errors import DataError
-from ckptq.journal import RECORD, Journal, ProgressFile
+from ckptq.finish import in_folder, part_folder, write_files
+from ckptq.journal import Journal, ProgressFile
 from ckptq.plan import Copy, Observer, Scale, ShardSpec
+from ckptq.prepare import Part, Prepared
+from ckptq.scopes import Scope
+from ckptq.scopes.denoisers import Denoiser
 from ckptq.validators import Finding
-from ckptq.writer import copy_file, sync_folder, write_text
-
-if TYPE_CHECKING:
-    from ckptq.convert import Prepared
 
 Table = dict[str, float]
 """{observer: amax}."""
 
 
 def produce(
-    job: Prepared, samples: list[Sample], journal: Journal, record: dict[str, Any], waiting: int, console: Console
+    job: Prepared,
+    samples: list[Sample],
+    journal: Journal,
+    record: dict[str, Any],
+    waiting: int,
+    console: Console,
+    memory: int | None = None,
 ) -> tuple[Finding, ...]:
-    """Calibrates, writes, and checks what is written. Raises DataError where that would not be served right."""
+    """Calibrates, writes, and checks what is written. Raises DataError where that would not be served right.
+
+    waiting  bytes that samples may hold between decoder layers; `memory` the limit of all, which denoisers calibrate under
+    """
     device = record["device"]
-    with Reader(job.source.root, job.inventory.main) as reader:
-        table = _known(job, journal)
-        if table is None and at_once(device):
-            table, digests = _calibrate_and_write(job, samples, journal, reader, device, waiting, console)
-        else:
-            if table is None:
-                table = _calibrate(job, samples, journal, reader, device, waiting, console)
-            with console.stage("write", job.inventory.main.nbytes, "bytes") as advance:
-                digests = _write(job, journal, reader, table, device, advance)
+    if job.calibrates and not isinstance(job.parts[0].scope, Scope):
+        _calibrate_denoisers(job, journal, device, console, memory)
+    tables: dict[str, Table] = {}
+    digests: dict[str, dict[str, str]] = {}
+    for part in job.parts:
+        with Reader(job.source.root, part.component) as reader:
+            table = _known(job, part, journal)
+            if table is None and at_once(device):
+                table, written = _calibrate_and_write(job, part, samples, journal, reader, device, waiting, console)
+            else:
+                if table is None:
+                    table = _calibrate(job, part, samples, journal, reader, device, waiting, console)
+                with console.stage(_named("write", part), part.component.nbytes, "bytes") as advance:
+                    written = _write(part, journal, reader, table, device, advance)
+        if job.reused is not None:
+            reuse.refuse_other_weights(job.reused, part.folder, table)
+        tables[part.folder], digests[part.folder] = table, written
     if told := routing.warning(journal.load("experts") or {}, all_experts=job.recipe.calibration.all_experts):
         console.warn(told)
-    if job.reused is not None:
-        reuse.refuse_other_weights(job.reused, table)
-    _write_files(job, journal, record, table, digests)
-    source = job.source.root if job.recipe.validation.passthrough else None
-    copied = [op.output.name for op in job.plan.ops if isinstance(op, Copy)]
-    values = job.recipe.validation.values
+    write_files(job, journal, record, tables, digests, console)
+    return _checked(job, journal, console)
+
+
+def _checked(job: Prepared, journal: Journal, console: Console) -> tuple[Finding, ...]:
+    scope = job.parts[0].scope
     found = validate.examine(
-        journal.model, source=source, values=values, staged=True, copied=copied, progress=console, scope=job.scope
+        journal.model,
+        source=job.source.root if job.recipe.validation.passthrough else None,
+        values=job.recipe.validation.values,
+        staged=True,
+        copied=[in_folder(part.folder, op.output.name) for part in job.parts for op in part.plan.ops if isinstance(op, Copy)],
+        progress=console,
+        scope=scope if isinstance(scope, Scope) else None,
     )
     if errors := [f for f in found.findings if f.severity == "error"]:
         raise DataError(
@@ -60,6 +82,15 @@ def produce(
             hint="please report this with the recipe",
         )
     return found.findings
+
+
+def _named(stage: str, part: Part) -> str:
+    return f"{stage} {part.folder}".rstrip()
+
+
+def _key(part: Part, stage: str) -> str:
+    """What the journal calls a part's table."""
+    return f"{part.folder}--{stage}" if part.folder else stage
 
 
 def at_once(device: str) -> bool:
@@ -74,15 +105,39 @@ def listed(findings: Sequence[Finding]) -> str:
     )
 
 
-def _known(job: Prepared, journal: Journal) -> Table | None:
+def _known(job: Prepared, part: Part, journal: Journal) -> Table | None:
     """Amaxes of inputs, K and V that need no calibration: none at all, those of --amax, or of an earlier run of this job."""
-    if not job.plan.calibrated:
+    if not part.plan.calibrated:
         return {}
-    return journal.load("activations") if job.reused is None else job.reused.table(job.plan)
+    return journal.load(_key(part, "activations")) if job.reused is None else job.reused.table(part.folder, part.plan)
+
+
+def _calibrate_denoisers(job: Prepared, journal: Journal, device: str, console: Console, memory: int | None) -> None:
+    """All denoisers of the pipeline together, since they share its steps: Wan 2.2 has one for each half of them."""
+    import torch
+
+    from ckptq.denoise import DenoiserPart, measure
+
+    parts = [part for part in job.parts if part.plan.calibrated and isinstance(part.scope, Denoiser)]
+    if all(journal.load(_key(part, "activations")) is not None for part in parts):
+        return
+    with ExitStack() as readers:
+        observed = [
+            DenoiserPart(
+                job.inventory.component(part.folder),
+                part.scope,
+                tuple(o for o in part.plan.observers if o.kind != "weight"),
+                readers.enter_context(Reader(job.source.root, job.inventory.component(part.folder))),
+            )
+            for part in parts
+        ]
+        found = measure(job.source.root, observed, job.recipe.calibration, torch.device(device), console, memory=memory)
+    for part in parts:
+        journal.save(_key(part, "activations"), found[part.folder])
 
 
 def _calibrate_and_write(
-    job: Prepared, samples: list[Sample], journal: Journal, reader: Reader, device: str, waiting: int, console: Console
+    job: Prepared, part: Part, samples: list[Sample], journal: Journal, reader: Reader, device: str, waiting: int, console: Console
 ) -> tuple[Table, dict[str, str]]:
     """Both at once. What fails in one ends the other."""
     table: Table = {}
@@ -91,22 +146,22 @@ def _calibrate_and_write(
 
     def activations() -> Mapping[Observer, float]:
         found = calibrated.result()
-        return {o: found[o.name] for o in job.plan.observers if o.kind != "weight"}
+        return {o: found[o.name] for o in part.plan.observers if o.kind != "weight"}
 
     def watch() -> None:
-        if writing.done():
-            writing.result()
+        if writer.done():
+            writer.result()
 
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(_write, job, journal, reader, table, device, tally.advance, activations)
+        writer = pool.submit(_write, part, journal, reader, table, device, tally.advance, activations)
         try:
-            found = _calibrate(job, samples, journal, reader, device, waiting, console, watch)
+            found = _calibrate(job, part, samples, journal, reader, device, waiting, console, watch)
             calibrated.set_result(found)
-            total = job.inventory.main.nbytes
+            total = part.component.nbytes
             console.note(f"write: {size(tally.done)} of {size(total)} while the samples ran")
             with console.stage("write", total - tally.done, "bytes") as advance:
                 tally.show(advance)
-                digests = writing.result()
+                digests = writer.result()
         except BaseException as error:
             tally.stop()
             if not calibrated.done():
@@ -139,7 +194,7 @@ class _Tally:
 
 
 def _write(
-    job: Prepared,
+    part: Part,
     journal: Journal,
     reader: Reader,
     table: Table,
@@ -154,26 +209,27 @@ def _write(
     """
     from ckptq.pipeline import write_shards
 
-    component, plan = job.inventory.main, job.plan
+    component, plan, folder = part.component, part.plan, part_folder(part, journal)
     amax = {o: table[o.name] for o in plan.observers if o.name in table}
     digests: dict[str, str] = {}
 
     def finished(shard: ShardSpec, found: Mapping[str, str]) -> None:
-        journal.save(shard.file, found)
+        journal.save(_key(part, shard.file), found)
         digests.update(found)
 
-    kept = [shard for shard in plan.shards if (journal.model / shard.file).is_file()]
+    kept = [shard for shard in plan.shards if (folder / shard.file).is_file()]
     for shard in kept:  # a kill may have struck between the file and its digests
-        digests |= journal.load(shard.file) or digest.of_shard(journal.model / shard.file)
+        digests |= journal.load(_key(part, shard.file)) or digest.of_shard(folder / shard.file)
         advance(sum(component.tensors[op.source].spec.nbytes for op in shard.ops if not isinstance(op, Scale)))
     left = [shard for shard in plan.shards if shard not in kept]
-    write_shards(journal.model, plan, left, component, reader, amax, finished, advance, activations=activations, device=device)
+    write_shards(folder, plan, left, component, reader, amax, finished, advance, activations=activations, device=device)
     table |= {o.name: value for o, value in amax.items()}
     return digests
 
 
 def _calibrate(
     job: Prepared,
+    part: Part,
     samples: list[Sample],
     journal: Journal,
     reader: Reader,
@@ -191,17 +247,18 @@ def _calibrate(
     from ckptq.streamed import StreamedModel
 
     settings = job.recipe.calibration
-    component = job.inventory.main
+    component = part.component
+    assert isinstance(part.scope, Scope)
     folder = job.source.root / component.folder
     encoder = Encoder(folder, getattr(settings, "max_pixels", None), settings.sequence_length)
-    streamed = StreamedModel(job.source.root, component, job.scope, reader, torch.device(device), ahead=job.cost.ahead)
+    streamed = StreamedModel(job.source.root, component, part.scope, reader, torch.device(device), ahead=job.cost.ahead)
     unused = [t for t in streamed.unused if t.spec.dtype in FLOATS] if watch is None else ()
     for source in unused:  # what is odd must be known before hours of calibration
         measure(source, reader, range(source.spec.numel), Bench(torch.device("cpu")))
     tokens: dict[str, list[int]] = {}
     table = calibrate(
         streamed,
-        job.plan.observers,
+        part.plan.observers,
         [sample.name for sample in samples],
         lambda number: encoder.encode(samples[number]),
         waiting,
@@ -216,27 +273,3 @@ def _calibrate(
     named = {observer.name: value for observer, value in table.items()}
     journal.save("activations", named)
     return named
-
-
-def _write_files(job: Prepared, journal: Journal, record: dict[str, Any], table: dict[str, float], digests: dict[str, str]) -> None:
-    """Sidecars, the generated configs and index, and ckptq.json."""
-    base = job.source.root / job.inventory.main.folder
-    for name in job.plan.sidecars:
-        copy_file(base / name, journal.model / name)
-    for name, text in job.plan.files.items():
-        write_text(journal.model / name, text)
-    body = {
-        "job": record,
-        "amax": {o.name: table[o.name] for o in job.plan.observers},
-        **({"experts": routing.recorded(tokens)} if (tokens := journal.load("experts")) else {}),
-        "decisions": [asdict(d) for d in job.plan.decisions],
-        "carried": list(job.plan.carried),
-        "dequantized": list(job.inventory.main.dequantized),
-        "config_changes": list(job.plan.config_changes),
-        "digests": {
-            "tensors": dict(sorted(digests.items())),
-            "files": digest.of_files(journal.model, digest.recorded([*job.plan.sidecars, *job.plan.files])),
-        },
-    }
-    write_text(journal.model / RECORD, json.dumps(body, indent=1) + "\n")
-    sync_folder(journal.model)

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from ckptq import json_file
 from ckptq.checkpoint import FLOATS, Codes, Component, Inventory, SourceTensor, TensorSpec
 from ckptq.config_text import remove_section
 from ckptq.errors import CkptqError, RecipeError, SourceError, UnsupportedError
 from ckptq.folder import printable
-from ckptq.json_file import parse
 from ckptq.validators.scales import DTYPES, block_of, find_grid
 
 FP8 = "F8_E4M3"
@@ -48,6 +48,8 @@ def describe(component: Component) -> str:
 def _said(component: Component) -> str:
     for path, section in _sections(component.config):
         if isinstance(section, Mapping):
+            if "ckptq" in section and "quant_method" not in section:  # see storage.py
+                return f"config.json says {json_file.short(section['ckptq'])}, which is for storage"
             inner = section.get("quantization")
             algo = section.get("quant_algo") or (inner.get("quant_algo") if isinstance(inner, Mapping) else section.get("format"))
             where = "" if path == _SECTIONS[:1] else f" in {'.'.join(path)}"
@@ -72,13 +74,18 @@ def refuse(component: Component) -> None:
 def dense(inventory: Inventory) -> Inventory:
     """An FP8 checkpoint, of native, ModelOpt's or compressed-tensors' form, seen as its BF16 self.
 
+    Components of a pipeline that are not quantized stay as they are.
+
     Its weights are code * scale in float32, rounded once to BF16. Scales of activations and of the KV cache are gone: they belong
     to the old codes' measurements, not to the weights. config.json loses its section and no other byte.
 
     Raises RecipeError for a checkpoint that is not quantized, UnsupportedError for one that is not FP8, SourceError for codes
     without a scale that fits them.
     """
-    return dataclasses.replace(inventory, components=tuple(_dense(component) for component in inventory.components))
+    if not any(describe(component) for component in inventory.components):
+        raise RecipeError("--from-fp8: the source is not quantized, so there is nothing to dequantize", hint="leave --from-fp8 out")
+    components = tuple(_dense(component) if describe(component) else component for component in inventory.components)
+    return dataclasses.replace(inventory, components=components, files=tuple(f for f in inventory.files if f not in _FILES))
 
 
 def dense_if_fp8(inventory: Inventory) -> Inventory:
@@ -90,8 +97,6 @@ def dense_if_fp8(inventory: Inventory) -> Inventory:
 
 
 def _dense(component: Component) -> Component:
-    if not describe(component):
-        raise RecipeError("--from-fp8: the source is not quantized, so there is nothing to dequantize", hint="leave --from-fp8 out")
     found = _find_codes(component)
     scales = {codes.scale.spec.name for codes in found.values()}
     tensors: dict[str, SourceTensor] = {}
@@ -115,7 +120,7 @@ def _dense(component: Component) -> Component:
     return dataclasses.replace(
         component,
         config_text=text,
-        config=MappingProxyType(parse(text.encode())),
+        config=MappingProxyType(json_file.parse(text.encode())),
         tensors=MappingProxyType(tensors),
         sidecars=tuple(name for name in component.sidecars if name not in _FILES),
         dequantized=tuple(done),

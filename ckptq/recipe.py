@@ -7,135 +7,31 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WrapValidator
 
 from ckptq.errors import RecipeError
 from ckptq.mistakes import KeyPath, Sections, close, describe, dotted
 from ckptq.scopes import Experts, Fused, Scope, Tower
+from ckptq.sections import (
+    SOURCES,
+    BuiltinCalibration,
+    Calibration,
+    Components,
+    Export,
+    Rule,
+    Section,
+    Treatment,
+    Validation,
+    rules_or_components,
+    strings,
+)
 from ckptq.spelled import consistent
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-def parse_size(value: object) -> int:
-    """`"5GB"` -> 5000000000. Raises ValueError for anything that is no positive size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    unit = match and _UNITS.get(match[2].upper())
-    if not match or not unit or (size := int(float(match[1]) * unit)) <= 0:
-        raise ValueError(f"expected a size such as 5GB or 512MiB, found {value!r}")
-    return size
-
-
-def size_option(option: str, value: str | None) -> int | None:
-    """A size given on the command line, or None. Raises RecipeError naming the option."""
-    try:
-        return None if value is None else parse_size(value)
-    except ValueError as error:
-        raise RecipeError(f"{option}: {error}") from None
-
-
-def _strings(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Size = Annotated[int, BeforeValidator(parse_size)]
-Patterns = Annotated[list[str], BeforeValidator(_strings), Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are not coerced from other types, and nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Rule(Section):
-    """Which modules get which scheme. The first rule that matches a module decides; `keep` comes before all rules."""
-
-    modules: Patterns
-    scheme: Literal["fp8", "fp8-tensor", "fp8-dynamic", "fp8-block", "int8", "nvfp4", "nvfp4a16", "mxfp8", "mxfp4"]
-
-
-class _Calibration(Section):
-    samples: Annotated[int, Field(ge=1)] = 128
-    sequence_length: Annotated[int, Field(ge=8)] = 2048
-    seed: int = 0
-    save_every: Annotated[int, Field(ge=0, le=600)] = 60
-    """Seconds between saves of the state; 0 saves after each layer. It is saved between layers: a kill costs what came since."""
-    all_experts: bool = False
-    """Whether every routed expert sees every token. Else those that the router chooses see it, as when the model is served."""
-
-
-class CocoCalibration(_Calibration):
-    """Images with their captions, joined by image_id. Captions come in COCO's `captions_*.json`."""
-
-    source: Literal["coco"]
-    images: str
-    annotations: str
-    prompt: str = "Describe the image."
-    max_pixels: Annotated[int, Field(ge=784)] | None = None
-
-
-class TextCalibration(_Calibration):
-    """.txt, .jsonl, .parquet or COCO captions files, or one Hub dataset `org/name[@revision]`."""
-
-    source: Literal["text"]
-    files: Patterns
-    field: str = "text"
-
-
-class MediaCalibration(_Calibration):
-    """.jsonl files of samples with images, audio, both or neither: ckptq/calibration/media.py says what a line holds."""
-
-    source: Literal["media"]
-    files: Patterns
-    max_pixels: Annotated[int, Field(ge=784)] | None = None
-
-
-class BuiltinCalibration(_Calibration):
-    """The small English set that ships with ckptq."""
-
-    source: Literal["builtin"]
-
-
-Calibration = Annotated[CocoCalibration | TextCalibration | MediaCalibration | BuiltinCalibration, Field(discriminator="source")]
-_SOURCES: Mapping[str, type[Section]] = {
-    "coco": CocoCalibration,
-    "text": TextCalibration,
-    "media": MediaCalibration,
-    "builtin": BuiltinCalibration,
-}
-
-
-class Export(Section):
-    """How the output is stored."""
-
-    format: Literal["modelopt", "compressed-tensors", "fp8"] = "modelopt"
-    shard_size: Size = 5 * 10**9
-
-
-class Validation(Section):
-    """What is checked on the finished output before it is published."""
-
-    values: bool = True
-    passthrough: bool = True
 
 
 class Recipe(Section):
@@ -145,8 +41,10 @@ class Recipe(Section):
     model: str | None = None
     output: str | None = None
     from_fp8: bool = False
-    quantize: Annotated[list[Rule], Field(min_length=1)]
-    keep: Annotated[list[str], BeforeValidator(_strings)] = []
+    components: Components = Field(default_factory=dict)
+    """Of a pipeline: what becomes of each. Those that are not named stay."""
+    quantize: Annotated[list[Rule], WrapValidator(rules_or_components)] = Field(default=None, validate_default=True)
+    keep: Annotated[list[str], BeforeValidator(strings)] = Field(default_factory=list)
     kv_cache: Literal["fp8"] | None = None
     calibration: Calibration = BuiltinCalibration(source="builtin")
     export: Export = Export()
@@ -162,7 +60,9 @@ def _keys(section: type[Any]) -> tuple[str, ...]:
 SECTIONS: Sections = {
     (): tuple(Recipe.model_fields),
     ("quantize",): tuple(Rule.model_fields),
-    **{("calibration", name): tuple(section.model_fields) for name, section in _SOURCES.items()},
+    ("components",): tuple(Treatment.model_fields),
+    ("components", "quantize"): tuple(Rule.model_fields),
+    **{("calibration", name): tuple(section.model_fields) for name, section in SOURCES.items()},
     ("export",): tuple(Export.model_fields),
     ("validation",): tuple(Validation.model_fields),
     ("scope",): _keys(Scope),
@@ -293,7 +193,7 @@ def _describe_all(error: ValidationError, data: dict[str, Any], places: Mapping[
     problems = []
     for e in error.errors():
         problems.append(describe(e, places, SECTIONS))
-        if e["type"] == "union_tag_invalid" and (near := difflib.get_close_matches(e["ctx"]["tag"], _SOURCES, n=1)):
+        if e["type"] == "union_tag_invalid" and (near := difflib.get_close_matches(e["ctx"]["tag"], SOURCES, n=1)):
             section = {**data["calibration"], "source": near[0]}
             try:
                 Recipe.model_validate({"quantize": [{"modules": "*", "scheme": "fp8"}], "calibration": section})

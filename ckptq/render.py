@@ -3,162 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import re
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ckptq.checkpoint import Component, Inventory
-from ckptq.console import Console, duration, number_runs, size
-from ckptq.convert import Prepared, Report
-from ckptq.cost import RATES
+from ckptq.console import Console, size
+from ckptq.decisions import decide
 from ckptq.errors import CkptqError, UnsupportedError
 from ckptq.exporters import all_formats, find_exporter
 from ckptq.linears import LanguageModel, find_linears
-from ckptq.plan import CARRIED, Decision, module_of
-from ckptq.planner import decide
+from ckptq.plan import module_of
+from ckptq.planner import subjects
 from ckptq.quantized import describe
 from ckptq.recipe import Recipe, load_recipe, parse_recipe, shipped
-from ckptq.reports import safe_text, verdict
-from ckptq.reports.human import show_findings
+from ckptq.reports import safe_text
 from ckptq.schemes import SCHEMES
 from ckptq.scopes import Scope, all_scopes
 from ckptq.spelled import choose_scope
 from ckptq.unstack import unstack
-
-
-def plan_data(job: Prepared) -> dict[str, Any]:
-    """`--dry-run --format json`."""
-    plan, cost = job.plan, job.cost
-    return {
-        "plan": plan.digest,
-        "scope": job.scope.name,
-        "format": job.recipe.export.format,
-        "source_bytes": job.inventory.main.stored_bytes,
-        "dequantized": list(job.inventory.main.dequantized),
-        "output_bytes": plan.nbytes,
-        "decisions": [asdict(d) for d in plan.decisions],
-        "shards": [{"file": s.file, "bytes": s.data_bytes, "tensors": len(s.offsets)} for s in plan.shards],
-        "carried": list(plan.carried),
-        "config_changes": list(plan.config_changes),
-        "files_copied": list(plan.sidecars),
-        "files_left_out": list(plan.left_out),
-        "calibration": {
-            "needed": job.calibrates,
-            "amaxes_from": str(job.reused.path) if job.reused else None,
-            "source": job.recipe.calibration.source if job.calibrates else None,
-            "samples": cost.samples,
-            "tokens_at_most": cost.tokens,
-            "flops_at_most": cost.flops,
-        },
-        "peak_memory_bytes": cost.peak,
-        "peak_memory_one_sample_a_wave_bytes": cost.least,
-        "findings": [asdict(f) for f in job.findings],
-    }
-
-
-def show_plan(console: Console, job: Prepared) -> None:
-    """`--dry-run`: what becomes what, by which rule, and what it takes."""
-    plan, cost, source = job.plan, job.cost, job.inventory.main
-    console.table("What becomes what", ("modules", "become", "because of", "count"), grouped(plan.decisions), right=(3,))
-    facts = [
-        (
-            "source",
-            f"{size(source.stored_bytes)} in {_files(len(source.weight_files))}, scope {job.scope.name}",
-        ),
-        ("output", f"{size(plan.nbytes)} in {_files(len(plan.shards))}, format {job.recipe.export.format}"),
-        ("config.json", "; ".join(plan.config_changes) + "; otherwise as it is"),
-        *([("carried over", carried(plan.carried))] if plan.carried else []),
-        ("files copied", ", ".join(plan.sidecars) or "none"),
-        ("left out", ", ".join(plan.left_out) or "nothing"),
-        ("peak memory", f"about {size(cost.peak)}" + (f"; {size(cost.least)} at the least, with --memory" * job.calibrates)),
-    ]
-    if source.dequantized:
-        facts.insert(1, ("from FP8", "; ".join(source.dequantized)))
-    if job.calibrates:
-        times = ", ".join(f"{duration(cost.flops / rate)} on {name}" for name, rate in RATES)
-        samples = f"{cost.samples} samples of {job.recipe.calibration.source}"
-        work = f"{samples}, at most {cost.tokens} tokens, {cost.flops:.3g} FLOPs without towers"
-        facts.append(("calibration", f"{work}: {times}"))
-    else:
-        taken = job.reused is not None and plan.calibrated
-        facts.append(("calibration", f"none, amaxes from {job.reused.path}" if taken and job.reused else "not needed"))
-    facts.append(("layout check", verdict(job.findings)))
-    console.table("", ("", ""), facts)
-    show_findings(console, job.findings)
-
-
-def carried(names: Sequence[str]) -> str:
-    """`12 tensors as they are, which the scope does not know or the server passes over: model.layers.2.* (11), mtp.weight`."""
-    roots: dict[str, int] = {}
-    for name in names:
-        numbered = re.match(r".*?\.\d+(?=\.)", name)
-        root = f"{numbered[0] if numbered else name.partition('.')[0]}.*"
-        roots[root] = roots.get(root, 0) + 1
-    told = [f"{root} ({count})" for root, count in roots.items()]
-    more = f" and {len(told) - 8} more" if len(told) > 8 else ""
-    tensors = "1 tensor as it is, which" if len(names) == 1 else f"{len(names)} tensors as they are, which"
-    return f"{tensors} the scope does not know or the server passes over: {', '.join(told[:8])}{more}"
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
-
-
-def grouped(decisions: Sequence[Decision]) -> list[tuple[str, str, str, int]]:
-    """(modules, what they become, why, how many): one row for modules that differ in numbers alone, `model.layers.{0..27}.x`.
-
-    And one for all of a part that is carried over whole: `talker.*`.
-    """
-    numbers: dict[tuple[str, str, str], list[list[int]]] = {}
-    own = {d.module.partition(".")[0] for d in decisions if d.reason != CARRIED}
-    for d in decisions:
-        if d.reason == CARRIED and (root := d.module.partition(".")[0]) not in own:
-            numbers.setdefault((f"{root}.*", d.action, d.reason), []).append([])
-            continue
-        kind, _, pattern = d.rule.partition(": ")
-        why = pattern if kind == "keep" or d.action != "keep" else d.reason
-        key = (re.sub(r"\.\d+(?=\.|$)", ".{}", d.module), d.action, why)
-        numbers.setdefault(key, []).append([int(n) for n in re.findall(r"\.(\d+)(?=\.|$)", d.module)])
-    return [(_numbered(name, found), action, why, len(found)) for (name, action, why), found in numbers.items()]
-
-
-def _numbered(name: str, found: Sequence[Sequence[int]]) -> str:
-    """The name with the numbers that occur at each of its places."""
-    pieces = name.split("{}")
-    runs = (number_runs(sorted({numbers[i] for numbers in found})) for i in range(len(pieces) - 1))
-    return "".join(itertools.chain.from_iterable(itertools.zip_longest(pieces, runs, fillvalue="")))
-
-
-def report_data(report: Report) -> dict[str, Any]:
-    """`convert --format json`."""
-    return {**asdict(report), "output": str(report.output), "serve": _serve(report.output)}
-
-
-def show_report(console: Console, report: Report) -> None:
-    """The table at the end of a conversion."""
-    ratio = report.output_bytes / report.source_bytes
-    rows = [
-        ("output", str(report.output)),
-        ("size", f"{size(report.source_bytes)} -> {size(report.output_bytes)} ({ratio:.1%})"),
-        ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in report.tensors.items())),
-        ("time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items()) or "-"),
-        ("peak memory", size(report.peak_rss) + (f", {size(report.peak_gpu)} on the GPU" if report.peak_gpu else "")),
-        *([("carried over", carried(report.carried))] if report.carried else []),
-        ("verdict", verdict(report.findings)),
-        ("note", find_exporter(report.format).READERS),
-    ]
-    console.table("Done", ("", ""), rows)
-    console.show(f"serve it: {_serve(report.output)}")  # a line of its own: a table would fold a long path
-    if report.findings:
-        console.show("")
-    show_findings(console, report.findings)
-
-
-def _serve(folder: Path) -> str:
-    return f"vllm serve {shlex.quote(str(folder))}"
 
 
 def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
@@ -251,7 +113,7 @@ def _touched_by_all(inventory: Inventory, scope: Scope, recipes: Mapping[str, Re
 def _touched(component: Component, scope: Scope, recipe: Recipe, model: LanguageModel) -> dict[str, Any]:
     """{rule: number of modules it decides}, or why the recipe does not fit."""
     try:
-        decisions = decide(recipe, component, scope, model)
+        decisions = decide(recipe, subjects(component, scope, model))
     except CkptqError as error:
         return {"rules": {}, "error": str(error)}
     rules = [f"keep: {p}" for p in recipe.keep] + [f"quantize: {p}" for rule in recipe.quantize for p in rule.modules]

@@ -62,6 +62,7 @@ class SourceTensor:
 
     codes   how it is stored, where `spec` says what it is once dequantized: then no byte at `offset` is one of `spec`'s
     stride  of a matrix that lies transposed: its value [i, j] is the file's number j * stride + i from `offset` on
+    parts   of one that is seen in place of several: what its rows are, one behind another
     """
 
     spec: TensorSpec
@@ -69,15 +70,18 @@ class SourceTensor:
     offset: int
     codes: Codes | None = None
     stride: int = 0
+    parts: tuple[SourceTensor, ...] = ()
 
     @property
     def as_stored(self) -> bool:
         """Whether the bytes at `offset` are the tensor's."""
-        return self.codes is None and not self.stride
+        return self.codes is None and not self.stride and not self.parts
 
     @property
     def stored_bytes(self) -> int:
         """What is read of the disk for it."""
+        if self.parts:
+            return sum(part.stored_bytes for part in self.parts)
         return self.spec.nbytes if self.codes is None else self.codes.stored.spec.nbytes + self.codes.scale.spec.nbytes
 
 

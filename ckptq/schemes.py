@@ -42,9 +42,9 @@ class Scheme:
     title: str
 
     def codes_spec(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
-        """The stored codes of a weight [n, k]: [n, k / packed]."""
-        n, k = shape
-        return TensorSpec(name, self.codes, (n, k // self.packed))
+        """The stored codes of a weight [..., k]: [..., k / packed]."""
+        *around, k = shape
+        return TensorSpec(name, self.codes, (*around, k // self.packed))
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many local scales a weight [n, k] has: [ceil(n / rows), ceil(k / columns)]."""

@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 
-from ckptq.checkpoint import SINGLE
 from ckptq.plan import Op, ShardSpec
 
 
-def fill_files(units: Sequence[tuple[Op, ...]], limit: int) -> Iterator[ShardSpec]:
-    """Fills files in order up to `limit` data bytes; a unit larger than that gets a file of its own."""
+def fill_files(units: Sequence[tuple[Op, ...]], limit: int, stem: str = "model") -> Iterator[ShardSpec]:
+    """Fills files called `stem` in order up to `limit` data bytes; a unit larger than that gets a file of its own."""
     files: list[list[Op]] = [[]]
     size = 0
     for unit in units:
@@ -22,7 +21,7 @@ def fill_files(units: Sequence[tuple[Op, ...]], limit: int) -> Iterator[ShardSpe
         files[-1] += unit
         size += nbytes
     for i, ops in enumerate(files, 1):
-        file = SINGLE if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
+        file = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{i:05}-of-{len(files):05}.safetensors"
         yield _lay_out(file, ops)
 
 
@@ -39,7 +38,7 @@ def _lay_out(file: str, ops: Sequence[Op]) -> ShardSpec:
 
 
 def index_text(shards: Sequence[ShardSpec]) -> str:
-    """model.safetensors.index.json."""
+    """The index: `model.safetensors.index.json`, or of another stem."""
     weight_map = {spec.name: shard.file for shard in shards for op in shard.ops for spec in op.outputs}
     total = sum(shard.data_bytes for shard in shards)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"

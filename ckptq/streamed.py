@@ -10,31 +10,28 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
+from ckptq.blocks import Blocks
+from ckptq.checkpoint import Component, Reader
 from ckptq.errors import SourceError, UnsupportedError
-from ckptq.placement import Filling, fill, place
+from ckptq.placement import fill, place
 from ckptq.plan import module_of
 from ckptq.scopes import Scope
-from ckptq.tensors import blank, raw, typed
 from ckptq.validators.dtypes import served_dtype
 
-ALIGNMENT = 64
 KERNELS, KERNEL_CACHES = 64, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """On a CPU oneDNN keeps a kernel of some 0.7 MB for each number of rows, of 1024 by default, and experts bring all there are.
 Read at the first product of matrices. To make one again takes half a millisecond.
 """
-STAGED = 1 << 26
-"""Bytes on their way to a GPU at a time. Pinning memory takes time; two layers of a 72B would take 3.6 GB of it."""
 
 
-class StreamedModel:
+class StreamedModel(Blocks):
     """The model, its decoder layers in order, and what fills each parameter.
 
     `device` is where layers compute; embeddings and towers are put there too while samples enter. `ahead`: layers that are read
@@ -45,11 +42,8 @@ class StreamedModel:
     def __init__(
         self, root: Path, component: Component, scope: Scope, reader: Reader, device: torch.device, *, ahead: int = 1
     ) -> None:
-        self.device = device
-        self.ahead = ahead
-        self._reader = reader
+        super().__init__(_build(root / component.folder, component, scope), reader, device, ahead)
         self._scope = scope
-        self.model = _build(root / component.folder, component, scope)
         self._modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
         self.unused = [tensor for name, tensor in component.tensors.items() if scope.skips(name)]
         component = replace(component, tensors={n: t for n, t in component.tensors.items() if not scope.skips(n)})
@@ -57,14 +51,8 @@ class StreamedModel:
         self._memory_name = placement.parameters
         self._layers_name = self._find_layers(component)
         self.layers: list[torch.nn.Module] = list(self.model.get_submodule(self._layers_name))
-        self._layer_sources: list[dict[str, Filling]] = [{} for _ in self.layers]
-        self._resident_sources: dict[str, Filling] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._layer_sources = [{} for _ in self.layers]
         self._assign(component, placement.order)
-        self.layer_bytes = max(sum(_slot(f.spec) for f in fillings.values()) for fillings in self._layer_sources)
-        self._slots: list[torch.Tensor] = []
-        self._staging: torch.Tensor | None = None
-        self._stream: torch.cuda.Stream | None = None
 
     @property
     def decoder(self) -> torch.nn.Module:
@@ -83,86 +71,9 @@ class StreamedModel:
         """The module that this one is a direct part of: the attention around k_proj."""
         return self._modules[module_of(module_of(self._memory_name[f"{source_module}.weight"]))]
 
-    def load_resident(self, look: Callable[[SourceTensor, torch.Tensor], None] = lambda source, values: None) -> None:
-        """Gives real weights to everything but decoder layers and output head, and computes buffers that no file holds.
-
-        `look` is shown each tensor as it is stored.
-        """
-        for name, filling in self._resident_sources.items():
-            buffer = torch.empty(_slot(filling.spec), dtype=torch.uint8, device=self.device)
-            self._read(filling, buffer)
-            _set(self.model, name, _stored(filling, buffer, look).to(self._dtypes[name]))
-        _fill_buffers(self.model, self.device)
-
-    def drop_resident(self) -> None:
-        """Frees them again; samples that wait at a decoder layer no longer need them."""
-        for name, filling in self._resident_sources.items():
-            _set(self.model, name, blank(filling.spec, self._dtypes[name]))
-
-    def read_layer(self, index: int) -> torch.Tensor:
-        """A layer's weights as bytes on `device`, in buffers that are used in turn: one, and one for each layer that is read ahead.
-
-        Runs in a thread of its own while the layer before computes, where there is a buffer for that.
-        """
-        with self._aside():
-            if not self._slots:
-                self._slots = [torch.empty(self.layer_bytes, dtype=torch.uint8, device=self.device) for _ in range(1 + self.ahead)]
-            slot, at = self._slots[index % len(self._slots)], 0
-            for filling in self._layer_sources[index].values():
-                self._read(filling, slot[at:])
-                at += _slot(filling.spec)
-        return slot
-
-    @contextlib.contextmanager
-    def use_layer(
-        self, index: int, slot: torch.Tensor, look: Callable[[SourceTensor, torch.Tensor], None] = lambda source, values: None
-    ) -> Iterator[None]:
-        """The layer has its weights, from what `read_layer` returned, until the block ends. `look`: see load_resident."""
-        fillings, at = self._layer_sources[index], 0
-        for name, filling in fillings.items():
-            # As transformers and vLLM load it: what is stored wider than the model computes, a norm in F32 say, is cast.
-            _set(self.model, name, _stored(filling, slot[at:], look).to(self._dtypes[name]))
-            at += _slot(filling.spec)
-        try:
-            yield
-        finally:
-            for name, filling in fillings.items():
-                _set(self.model, name, blank(filling.spec, self._dtypes[name]))
-            if self.device.type == "cuda":  # the buffer is filled again while the next layer computes
-                torch.cuda.current_stream(self.device).synchronize()
-
-    def release(self) -> None:
-        """Frees the layer buffers."""
-        self._slots.clear()
-
-    def _read(self, filling: Filling, target: torch.Tensor) -> None:
-        """Reads the bytes of a parameter's tensors into memory of the device, one behind another."""
-        at = 0
-        for source in filling.sources:
-            self._read_one(source, target[at:])
-            at += source.spec.nbytes
-
-    def _read_one(self, source: SourceTensor, target: torch.Tensor) -> None:
-        """A GPU's piece by piece, through a pinned buffer."""
-        nbytes = source.spec.nbytes
-        if self.device.type != "cuda":
-            self._reader.read_into(source, 0, raw(target)[:nbytes])
-            return
-        if self._staging is None:
-            self._staging = torch.empty(STAGED, dtype=torch.uint8, pin_memory=True)
-        for at in range(0, nbytes, STAGED):
-            piece = self._staging[: min(STAGED, nbytes - at)]
-            self._reader.read_into(source, at, raw(piece))
-            target[at : at + len(piece)].copy_(piece, non_blocking=True)
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _aside(self) -> contextlib.AbstractContextManager[object]:
-        """On a GPU a stream of its own, so that nothing here waits for a layer that computes, or takes memory it still reads."""
-        if self.device.type != "cuda":
-            return contextlib.nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._stream)
+    def fill_buffers(self) -> None:
+        """Computes the buffers that no file holds."""
+        fill_buffers(self.model, self.device)
 
     def _find_layers(self, component: Component) -> str:
         for name, memory in self._memory_name.items():
@@ -243,7 +154,7 @@ def _head_parameters(model: Any) -> set[str]:
     return {f"{name}.{n}" for n, _ in head.named_parameters()}
 
 
-def _fill_buffers(model: Any, device: torch.device) -> None:
+def fill_buffers(model: Any, device: torch.device) -> None:
     """Computes the buffers that no file holds. Loaded parameters are marked, so that they stay as they are."""
     for module in model.modules():
         module._is_hf_initialized = False
@@ -254,29 +165,6 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
         parameter._is_hf_initialized = True
     with torch.no_grad(), quiet():
         model.initialize_weights()
-
-
-def _stored(filling: Filling, buffer: torch.Tensor, look: Callable[[SourceTensor, torch.Tensor], None]) -> torch.Tensor:
-    """What `_read` put into a byte buffer, in the stored dtype. `look` is shown each tensor of it."""
-    at = 0
-    for source in filling.sources:
-        look(source, typed(buffer[at:], source.spec))
-        at += source.spec.nbytes
-    return typed(buffer, filling.spec)
-
-
-def _slot(spec: TensorSpec) -> int:
-    return -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _set(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Puts a tensor in the place of a parameter or buffer. Tied uses follow, because modules share no storage here."""
-    owner = model.get_submodule(module_of(name))
-    leaf = name.rpartition(".")[2]
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
 
 
 @contextlib.contextmanager

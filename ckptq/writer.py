@@ -168,15 +168,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """The source's bytes under the umask's mode; links are followed."""
+    """The source's bytes under the umask's mode, copied by the kernel where it can; links are followed."""
     partial = target.with_name(target.name + PARTIAL)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as reader, writing(target):
         with partial.open("wb") as writer:
-            while block := reader.read(1 << 20):
-                writer.write(block)
-            writer.flush()
+            copy_bytes(reader.fileno(), 0, writer.fileno(), 0, os.fstat(reader.fileno()).st_size)
             os.fsync(writer.fileno())
         partial.replace(target)
 

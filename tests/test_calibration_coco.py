@@ -14,7 +14,7 @@ from PIL import Image
 
 from ckptq.calibration import Sample, coco, digest, load_samples
 from ckptq.errors import CalibrationError
-from ckptq.recipe import CocoCalibration
+from ckptq.sections import CocoCalibration
 
 SCENES = Path(__file__).parents[1] / "examples" / "scenes"
 CAPTIONS = json.loads((SCENES / "annotations" / "captions_calib.json").read_text())

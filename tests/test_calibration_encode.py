@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from ckptq.calibration import Sample, digest, load_samples
 from ckptq.calibration.encode import Encoder, read_image
 from ckptq.errors import CalibrationError
-from ckptq.recipe import CocoCalibration
+from ckptq.sections import CocoCalibration
 
 ROOT = Path(__file__).parents[1] / "examples"
 MODEL = ROOT / "tiny-qwen2.5-vl"

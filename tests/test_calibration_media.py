@@ -22,7 +22,7 @@ from ckptq.calibration import Sample, digest, load_samples
 from ckptq.calibration.encode import Encoder
 from ckptq.calibration.wav import read_wav
 from ckptq.errors import CalibrationError
-from ckptq.recipe import MediaCalibration
+from ckptq.sections import MediaCalibration
 
 DATA = ROOT / "tests/data/omni"
 RISING = DATA / "rising.wav"

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ckptq.calibration import Sample, load_samples, text
 from ckptq.errors import CalibrationError
-from ckptq.recipe import BuiltinCalibration, TextCalibration
+from ckptq.sections import BuiltinCalibration, TextCalibration
 
 CAPTIONS = Path(__file__).parents[1] / "examples" / "scenes" / "annotations" / "captions_calib.json"
 CHAT = [
@@ -215,7 +215,7 @@ def load_elsewhere(environment: dict[str, str], *wanted: tuple[str, int]) -> lis
         import json
         from ckptq.calibration import load_samples
         from ckptq.errors import CalibrationError
-        from ckptq.recipe import TextCalibration
+        from ckptq.sections import TextCalibration
         for entry, samples in {wanted!r}:
             try:
                 found = load_samples(TextCalibration(source="text", files=[entry], samples=samples))

@@ -13,9 +13,10 @@ import ckptq.exporters
 import ckptq.scopes
 from ckptq.numerics import Numerics, find_numerics
 from ckptq.plan import Exporter
-from ckptq.recipe import Export, Rule, load_recipe, shipped
+from ckptq.recipe import load_recipe, shipped
 from ckptq.schemes import SCHEMES, Scheme
 from ckptq.scopes import Scope, all_scopes
+from ckptq.sections import Export, Rule
 
 PACKAGE = Path(__file__).parent.parent / "ckptq"
 SCOPES = sorted(p.stem for p in (PACKAGE / "scopes").glob("[!_]*.py"))

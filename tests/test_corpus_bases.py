@@ -43,7 +43,10 @@ ALLOWED: Mapping[str, set[str]] = {
     "vl-one-config": {FUSED_APART, "config.section-missing"},
 }
 """Warnings of a base; one that is not here is clean. Beside its source, a peer's may have config keys of another transformers."""
-UNBUILT = ("talker.", "token2wav.", "code2wav.")
+UNBUILT = (
+    *("talker.", "token2wav.", "code2wav."),
+    *(f"vision_tower.vision_model.{part}" for part in ("encoder.layers.2.", "post_layernorm.")),  # LLaVA's
+)
 """Parts of a checkpoint that vLLM passes over."""
 
 

@@ -65,6 +65,6 @@ def test_it_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     assert all(name in listed for name in shipped())
     assert run(program, "recipes", "demo") == shipped()["demo"]
     assert run(str(python), "-m", "ckptq", "--version") == f"{__version__}\n"
-    code = "from ckptq.calibration.builtin import load; from ckptq.recipe import BuiltinCalibration; "
+    code = "from ckptq.calibration.builtin import load; from ckptq.sections import BuiltinCalibration; "
     code += "print(len(load(BuiltinCalibration(source='builtin'))))"
     assert int(run(str(python), "-c", code)) > 0

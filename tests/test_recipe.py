@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptq.errors import RecipeError
-from ckptq.recipe import SECTIONS, CocoCalibration, Recipe, Section, TextCalibration, load_recipe, parse_recipe, parse_size, shipped
+from ckptq.recipe import SECTIONS, Recipe, load_recipe, parse_recipe, shipped
 from ckptq.schemes import SCHEMES
 from ckptq.scopes import Experts, Fused, Scope, Tower
+from ckptq.sections import CocoCalibration, Section, TextCalibration, parse_size
 
 SCHEMES_LISTED = "'fp8', 'fp8-tensor', 'fp8-dynamic', 'fp8-block', 'int8', 'nvfp4', 'nvfp4a16', 'mxfp8' or 'mxfp4'"
 GOOD = """\

@@ -24,8 +24,8 @@ from ckptq.console import Console
 from ckptq.errors import CalibrationError
 from ckptq.journal import ProgressFile
 from ckptq.plan import Observer
-from ckptq.recipe import CocoCalibration
 from ckptq.scopes import find_scope
+from ckptq.sections import CocoCalibration
 from ckptq.streamed import StreamedModel
 from ckptq.waiting import free_outside
 

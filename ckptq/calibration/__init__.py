@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq.errors import CalibrationError
-from ckptq.recipe import Calibration
+from ckptq.sections import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Sample:
     """One calibration sample. `name` says where it came from, for messages.
 
     With an image, audio or both: the user shows it and asks `prompt`, the assistant answers `text`. With a prompt alone: the same
-    without them. Without any: `text` as it stands, with no chat template.
+    without them. Without any: `text` as it stands, with no chat template. Of source `prompts` `text` is the prompt, `negative` what
+    it is guided away from, and `image` the one to edit.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Sample:
     prompt: str | None = None
     image: Path | None = None
     audio: Path | None = None
+    negative: str | None = None
 
 
 def load_samples(settings: Calibration) -> list[Sample]:
@@ -44,7 +46,8 @@ def digest(samples: Sequence[Sample]) -> str:
     for sample in samples:
         texts = (text.encode(errors="surrogatepass") for text in (sample.text, sample.prompt or ""))
         media = (sample.image.read_bytes() if sample.image else b"", *([sample.audio.read_bytes()] if sample.audio else []))
-        parts = (*texts, *media)
+        away = () if sample.negative is None else (sample.negative.encode(errors="surrogatepass"),)
+        parts = (*texts, *media, *away)
         for part in parts:
             total.update(len(part).to_bytes(8, "little") + part)
     return total.hexdigest()

@@ -9,7 +9,7 @@ import importlib.resources
 
 from ckptq.calibration import Sample
 from ckptq.calibration.text import choose
-from ckptq.recipe import BuiltinCalibration
+from ckptq.sections import BuiltinCalibration
 
 
 def load(settings: BuiltinCalibration) -> list[Sample]:

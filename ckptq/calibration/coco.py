@@ -15,7 +15,7 @@ from typing import Any
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import read_image
 from ckptq.errors import CalibrationError
-from ckptq.recipe import CocoCalibration
+from ckptq.sections import CocoCalibration
 
 _HINT = "calibration.annotations should be a captions file in COCO's format, such as captions_val2017.json"
 

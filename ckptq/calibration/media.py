@@ -25,7 +25,7 @@ from ckptq.calibration.text import choose
 from ckptq.calibration.wav import read_wav
 from ckptq.errors import CalibrationError
 from ckptq.mistakes import close
-from ckptq.recipe import MediaCalibration
+from ckptq.sections import MediaCalibration
 
 _KEYS = ("text", "prompt", "image", "audio")
 _HINT = 'a line should be such as {"text": "It rains.", "prompt": "What do you hear?", "audio": "clips/0001.wav"}'

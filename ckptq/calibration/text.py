@@ -30,7 +30,7 @@ from ckptq.calibration import Sample
 from ckptq.calibration.coco import read_captions
 from ckptq.errors import CalibrationError
 from ckptq.mistakes import close
-from ckptq.recipe import TextCalibration
+from ckptq.sections import TextCalibration
 
 CHARS_PER_TOKEN = 4
 """Of English in today's vocabularies. It sets where .txt files are cut, no more: the encoder cuts at the exact length."""

@@ -43,6 +43,7 @@ SCHEMES: Mapping[str, str] = MappingProxyType(
 )
 """The format's word for how codes are packed, by scheme."""
 READERS = "vLLM reads this format; nothing else was tried"
+PATTERNS = True
 MIXED = "mixed-precision"
 VERSION = "0.17.0"
 """Of compressed-tensors, as vLLM 0.32.0 requires it: the version in which these words were read."""

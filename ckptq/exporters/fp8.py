@@ -23,6 +23,7 @@ from ckptq.plan import Encode, Layout, Observer, Op, QuantizedGroup, Scale
 SCHEMES: Mapping[str, str] = MappingProxyType({"fp8": "static", "fp8-tensor": "dynamic", "fp8-block": "weight_block_size"})
 """What says so in config.json, by scheme."""
 READERS = "vLLM reads this format; nothing else was tried"
+PATTERNS = False
 _HINT = "choose another export.format: `ckptq recipes --schemes` shows what goes together"
 
 
@@ -71,10 +72,12 @@ def quantization_config(layout: Layout) -> dict[str, Any]:
     transformers' word. Names count whole: no glob, no parent.
     """
     (name,) = layout.schemes
+    kept = sorted({*layout.kept_outside, *layout.kept_linears, *layout.kept_experts})
     section: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "static" if name == "fp8" else "dynamic"}
     if name == "fp8-block":
         section["weight_block_size"] = [128, 128]
-    return {**section, "modules_to_not_convert": sorted({*layout.kept_outside, *layout.kept_linears, *layout.kept_experts})}
+    # vLLM-Omni 0.30.0 quantization/factory.py _build_single hands the section to Fp8Config.__init__, which knows one word alone.
+    return {**section, "ignored_layers" if layout.server == "vllm-omni" else "modules_to_not_convert": kept}
 
 
 def extra_files(layout: Layout) -> dict[str, dict[str, Any]]:

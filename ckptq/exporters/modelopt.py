@@ -41,6 +41,7 @@ SCHEMES: Mapping[str, str] = MappingProxyType(
 )
 """quant_algo, by scheme."""
 READERS = "vLLM reads this format; transformers does not: it warns, then runs with meaningless weights"
+PATTERNS = True
 MIXED = "MIXED_PRECISION"
 
 
@@ -128,7 +129,9 @@ def _group_size(name: str) -> dict[str, int]:
 
 
 def extra_files(layout: Layout) -> dict[str, dict[str, Any]]:
-    """hf_quant_config.json, which says the same in ModelOpt's own words."""
+    """hf_quant_config.json, which says the same in ModelOpt's own words. vLLM-Omni does not read it for denoisers."""
+    if layout.server == "vllm-omni":
+        return {}
     quantization = {
         **_algo(layout),
         "kv_cache_quant_algo": "FP8" if layout.kv_cache else None,

@@ -109,6 +109,7 @@ class Scope:
     source         the server's file and version that names, fusing and prefixes were read in
     auto_class     transformers' auto class that builds the model for calibration
     text_config    key of the language model's own config inside config.json, `a.b` where it is deeper, or "" where it is the whole
+    flat           whether the server takes the language model's keys from the top level, too, where that section is not there
     generations    (prefix as some checkpoints have it, canonical prefix), longest first
     aliases        (part of a name as some checkpoints have it, canonical part), which the server takes for the same
     layers         canonical prefix of the decoder layers, before the number
@@ -162,6 +163,7 @@ class Scope:
     stage: str = ""
     model_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     repeats_towers: bool = False
+    flat: bool = False
 
     def canonical(self, name: str) -> str:
         """A source name in canonical form: `model.language_model.layers.0.x` -> `model.layers.0.x`."""
@@ -193,10 +195,10 @@ class Scope:
         return self.canonical(name).startswith(self.skipped) if self.skipped else False
 
     def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The language model's part of config.json. Old files keep its keys at the top level."""
+        """The language model's part of config.json, empty where there is none. Old files keep its keys at the top level."""
         section = at_path(config, self.text_config) if self.text_config else config
         known = "num_hidden_layers" in {*section, *self.assumed} if isinstance(section, Mapping) else False
-        found = section if isinstance(section, Mapping) and known else config
+        found = section if isinstance(section, Mapping) and known else config if self.flat else {}
         return {**self.assumed, **found} if self.assumed else found
 
     def layer_count(self, config: Mapping[str, Any]) -> int:
@@ -243,7 +245,7 @@ def at_path(config: Mapping[str, Any], path: str) -> Any:
 
 def all_scopes() -> Iterator[Scope]:
     """Every scope in this folder, by file name."""
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")):
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and not m.name.startswith("_")):
         yield importlib.import_module(f"{__name__}.{module}").SCOPE
 
 

@@ -38,4 +38,5 @@ SCOPE = Scope(
     server_layers="language_model.model.layers",
     server_kept=("language_model.lm_head",),
     repeats_towers=True,
+    flat=True,
 )

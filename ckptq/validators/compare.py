@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import median
 
 from ckptq.checkpoint import Component
 from ckptq.scopes import Scope
-from ckptq.validators import Code, Finding, error, warning
+from ckptq.validators import Code, Finding, compare_experts, error, warning
 from ckptq.validators.amaxes import meaning_of
 from ckptq.validators.coding import FP8, number_of
+from ckptq.validators.compare_experts import braced
 from ckptq.validators.scales import scale_kind
 from ckptq.validators.vllm_rules import ServerLinear, server_linears
 
 _LAYERS_OF = "vLLM 0.32.0 model_executor/layers/quantization"
-_MOE = "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py process_fp8_input_tensor_strategy_moe"
 CODES = {
     "values.weight-scale-split": Code(
         "shards of one fused linear with different scales of their whole weights",
-        f"{_LAYERS_OF}/utils/w8a8_utils.py requantize_with_max_scale; modelopt.py KNvfp4Static; "
+        f"{_LAYERS_OF}/utils/w8a8_utils.py requantize_with_max_scale; modelopt.py KNvfp4Static, ModelOptNvFp4FusedMoE; "
         "compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py",
     ),
     "values.scale-outlier": Code("a scale far from those of its like, or beyond what the norm before it lets through"),
-    "values.input-scale-split": Code("linears that read one input with different input scales", _MOE),
-    "values.input-scale-spread": Code("one expert's input scale far above the others', which all take it", _MOE),
 }
 
-SPREAD = 100.0
-"""An expert's input scale over the median one. E4M3 keeps 4 bits down to 1 / 28,672 of the scale's range, 1 bit to 1 / 229,376."""
 EQUAL = 1.004
 """Scales that are this near to one another, as BF16 leaves them, change no code by more than its rounding does."""
 # An amax where amax / 448 belongs is 448 times too large. Shards of one linear, and one linear over the layers, have amaxes within
@@ -100,7 +96,7 @@ def check(found: Values, scope: Scope) -> Iterator[Finding]:
     for finding in (*_layers(found), *usual):
         if finding.subject not in said:
             yield finding
-    yield from _experts(linears, found)
+    yield from compare_experts.check(linears, found)
 
 
 def _outlier(subject: str, expected: str, shown: str) -> Finding:
@@ -137,7 +133,8 @@ def _split(linear: ServerLinear, kind: str, low: float, high: float, mend: str) 
     elif kind.startswith("weight"):
         shown = f"{shown}, {apart:.4g} times as large"
         taken = "the first shard's" if linear.part == "experts" else f"the largest {'divisor' if divides else 'scale'}"
-        effect = f"vLLM takes {taken} for all: the others' weights come out too {'small' if divides else 'large'} by as much"
+        off = "wrong" if linear.part == "experts" else "too small" if divides else "too large"
+        effect = f"vLLM takes {taken} for all: the others' weights come out {off} by as much"
         advice = "give q, k and v one scale, and gate and up one, of their common amax: encode them again from the source"
         report = error if apart > EQUAL else warning
     else:
@@ -146,7 +143,7 @@ def _split(linear: ServerLinear, kind: str, low: float, high: float, mend: str) 
             effect = "the shards read one input, and vLLM takes the largest divisor for all, which cuts larger inputs off"
         advice = "calibrate them as one"
     return report(
-        f"values.{'weight' if kind.startswith('weight') else 'input'}-scale-split", _braced(linear.shards, kind),
+        f"values.{'weight' if kind.startswith('weight') else 'input'}-scale-split", braced(linear.shards, kind),
         "one value for the fused linear", shown, effect, advice,
     )  # fmt: skip
 
@@ -283,47 +280,3 @@ def _largest_weight(module: str, found: Values) -> float | None:
         return None
     code = found.codes.get(tensor.spec.name) if number is FP8 else number.top
     return None if code is None else found.scales[name] * code
-
-
-def _braced(shards: Sequence[str], kind: str) -> str:
-    names = ",".join(m.rpartition(".")[2] for m in shards)
-    return f"{shards[0].rpartition('.')[0]}.{{{names}}}.{kind}"
-
-
-def _experts(linears: Sequence[ServerLinear], found: Values) -> Iterator[Finding]:
-    """Input scales of routed experts in FP8: of gate and up the one loaded last stays, and the largest of a layer's serves all."""
-    layers: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {}
-    for linear in linears:
-        if linear.part == "experts" and f"{linear.shards[0]}.weight_scale_2" not in found.component.tensors:
-            names = tuple(m.rpartition(".")[2] for m in linear.shards)
-            layers.setdefault((linear.prefix, names), []).append(linear.shards)
-    for experts in layers.values():
-        known = [(shards, values) for shards in experts if (values := _inputs(shards, found))]
-        if not known:
-            continue
-        served, meant = max(v[-1] for _, v in known), max(max(v) for _, v in known)
-        for shards, values in known:
-            if len(set(values)) > 1:
-                cut = max(values) > served * 1.01
-                yield (error if cut else warning)(
-                    "values.input-scale-split", _braced(shards, "input_scale"), "one value for gate and up",
-                    f"{values[-1]:g} loaded after {values[0]:g}",
-                    f"vLLM keeps the one loaded last, {'and cuts larger inputs off' if cut else 'another expert covers the rest'}",
-                    "give both the larger one",
-                )  # fmt: skip
-        usual = sorted(v[-1] for _, v in known)[len(known) // 2]
-        shards = max(known, key=lambda entry: entry[1][-1])[0]
-        if meant > SPREAD * usual > 0:
-            yield warning(
-                "values.input-scale-spread", f"{shards[-1]}.input_scale", f"at most {SPREAD:g} times the median of its layer",
-                f"{served:g}, {served / usual:.0f} times {usual:g}",
-                "vLLM takes the largest for all experts of the layer, and the others' inputs lose their small values",
-                "calibrate with more samples, or look for outliers",
-            )  # fmt: skip
-
-
-def _inputs(shards: Sequence[str], found: Values) -> list[float]:
-    """The input scales of one expert's shards in the order of loading, which is that of files and, in a file, of names."""
-    names = [n for m in shards if (n := f"{m}.input_scale") in found.scales]
-    values = [found.one(n) for n in sorted(names, key=lambda n: (found.component.tensors[n].file, n))]
-    return [v for v in values if v is not None and v > 0]

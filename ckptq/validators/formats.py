@@ -6,11 +6,11 @@ Shapes are in words: n rows and k columns of the unfused weight [n, k], nb = cei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Granularity = Literal["tensor", "channel", "block", "group"]
-Unset = Literal["placeholder", "one", "noticed", "memory"]
+Unset = Literal["placeholder", "one", "first", "noticed", "memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Scales:
     unset   what the server computes with where it is not stored.
             placeholder: -3.4e38, and of a fused linear's scales for the input the largest counts
             one: whatever the memory held, but one place for all shards of a fused linear, which any shard's fills
+            first: whatever the memory held, but of a fused linear the first shard's counts alone
             noticed: nothing; it raises
             memory: whatever the memory held
     """
@@ -191,6 +192,19 @@ CT_MXFP8 = Format(
     "compressed-tensors MXFP8", "group", (Scales("weight_scale", _GROUPS, "U8"),), block=(1, MX_GROUP), whole_columns=True,
     unchecked="columns",
 )  # fmt: skip
+
+
+def of_experts(form: Format) -> Format:
+    """Routed experts in NVFP4: nothing looks whether a scale was loaded or columns are whole groups; gate's scale of the whole
+    tensor is up's, too; those of weights alone have a place for the input's scale all the same, which their kernels leave unused.
+
+    modelopt.py ModelOptNvFp4FusedMoE, compressed_tensors_moe/compressed_tensors_moe_w4a4_nvfp4.py.
+    """
+    whole = ("weight_scale_2", "weight_global_scale")
+    unset = tuple(replace(scales, unset="first" if scales.kind in whole else "memory") for scales in form.scales)
+    dropped = form.dropped or (() if any(scales.of_input for scales in form.scales) else ("input_global_scale",))
+    return replace(form, scales=unset, dropped=dropped, unchecked="columns")
+
 
 WEIGHT_KINDS = ("weight", "weight_packed")
 """Names under which a format keeps its codes."""

@@ -14,7 +14,7 @@ _QUANT = "vLLM 0.32.0 model_executor/layers/quantization"
 CODES = {
     "layout.missing-scale": Code(
         "a quantized linear lacks a scale",
-        f"{_QUANT}/utils/fp8_utils.py create_fp8_scale_parameter; modelopt.py ModelOptFp8MoEMethod",
+        f"{_QUANT}/utils/fp8_utils.py create_fp8_scale_parameter; modelopt.py ModelOptFp8MoEMethod, ModelOptNvFp4FusedMoE",
     ),
     "layout.stray-scale": Code(
         "a scale where nothing is quantized, or none that this format has",
@@ -105,7 +105,10 @@ def _missing_scale(name: str, scales: Scales, linear: ServerLinear, at: Expected
     shared = scales.of_input and scales.unset in ("placeholder", "one")
     if shared and any(f"{m}.{scales.kind}" in at.tensors for m in linear.shards):
         return warning("layout.missing-scale", name, wanted, "not stored", "vLLM takes another shard's", "store it for each")
-    if linear.part == "experts":
+    first = f"{linear.shards[0]}.{scales.kind}"
+    if scales.unset == "first" and name != first and first in at.tensors:
+        return warning("layout.missing-scale", name, wanted, "not stored", "vLLM takes the first shard's", "store it for each")
+    if linear.part == "experts" and scales.unset == "placeholder":
         effect = "vLLM computes with 1.0, silently" + (", for all experts of the layer" if scales.of_input else "")
     elif scales.unset == "placeholder":
         effect = "vLLM loads without it and computes with a placeholder (-3.4e38), silently"

@@ -59,7 +59,8 @@ CODES = {
     ),
     "parallel.expert-block": Code(
         "an expert's intermediate size per rank that is no whole blocks",
-        "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py validate_fp8_block_shape_moe",
+        "vLLM 0.32.0 model_executor/layers/quantization/utils/fp8_utils.py validate_fp8_block_shape_moe; modelopt.py "
+        "ModelOptNvFp4FusedMoE",
     ),
     "parallel.expert-refined": Code(
         "an expert's blocks that the server has to cut finer",
@@ -75,6 +76,7 @@ _OR_REPEATED = ", or with --mm-encoder-tp-mode data, which repeats the tower on 
 _OTHER_EP = f"{_OTHER_TP}, or with --enable-expert-parallel, which leaves experts whole"
 _OTHER_FORMAT = "or quantize per tensor or per channel, which can be cut anywhere"
 _RAISES = "vLLM refuses to start"
+_OTHER_SCALES = "vLLM refuses to load it, or computes with other scales than were stored for these codes: wrong answers"
 
 
 def check(
@@ -203,7 +205,8 @@ def _expert_blocks(linear: ServerLinear, form: Format, sizes: list[tuple[int, in
             "parallel.expert-refined", *what, "vLLM cuts the blocks finer, which only its Triton kernels can use: slower", _OTHER_EP
         )  # fmt: skip
     else:
-        yield error("parallel.expert-block", *what, _RAISES, f"{_OTHER_EP}, {_OTHER_FORMAT}")
+        effect = _OTHER_SCALES if form.unchecked == "columns" else _RAISES
+        yield error("parallel.expert-block", *what, effect, f"{_OTHER_EP}, {_OTHER_FORMAT}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,16 +267,15 @@ def _blocks(cut: _Cut, form: Format, block: tuple[int, int], rows: list[int], co
     padded = form.unchecked == "rows" and cut.server.pads_block_rows
     if bad is None and form.unchecked == "rows" and not padded and sum(rows) % block[0]:
         bad = sum(rows)
-    wrong = "vLLM refuses to load it, or computes with other scales than were stored for these codes: wrong answers"
     if bad is not None:
         yield error(
             "parallel.block-rows", _subject(cut), f"rows per shard and rank that are a multiple of {block[0]}", f"{bad} rows",
-            wrong if padded else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
+            _OTHER_SCALES if padded else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
         )  # fmt: skip
     if (form.whole_columns or (cut.split == "columns" and cut.tp > 1)) and columns % block[1]:
         yield error(
             "parallel.block-columns", _subject(cut), f"columns per rank that are a multiple of {block[1]}", f"{columns} columns",
-            wrong if form.unchecked == "columns" else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
+            _OTHER_SCALES if form.unchecked == "columns" else _RAISES, f"{_OTHER_TP}, {_OTHER_FORMAT}",
         )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def find_grid(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int,
 
     weight  [..., n, k]; leading dimensions (experts) count as rows
     scale   one value in any shape; [n] or [n, 1]; [ceil(n / block), ceil(k / block)], or that as [nb, 1, kb, 1]; [e] for [e, n, k];
-            with a `group` [..., n, ceil(k / group)] alone
+            [o, 1, ..., 1] for [o, ...] of as many dimensions; with a `group` [..., n, ceil(k / group)] alone
     """
     if not weight or min(weight) < 1:
         return None
@@ -122,6 +122,8 @@ def find_grid(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int,
         return Grid(rows, columns, 1, group) if scale == (*weight[:-1], -(-columns // group)) else None
     if all(n == 1 for n in scale):
         return Grid(rows, columns, rows, columns)
+    if len(weight) > 2 and scale == (weight[0], *[1] * (len(weight) - 1)):
+        return Grid(rows, columns, rows // weight[0], columns)
     flat = (scale[0], scale[2]) if len(scale) == 4 and scale[1] == scale[3] == 1 else scale
     if flat in ((rows,), (rows, 1)):
         return Grid(rows, columns, 1, columns)

@@ -91,11 +91,21 @@ def _config_findings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iter
         leaf, new, old = key.rpartition(".")[2], after.get(key), before.get(key)
         if NOTES.fullmatch(leaf) or new == old or (leaf == "dtype" and None in (new, old)) or (key not in before and not new):
             continue
-        changed = None not in (new, old) and leaf != "dtype"
+        changed = (None not in (new, old) and leaf != "dtype") or _window_gone(key, old, before, after)
         yield (error if changed else warning)(
             "passthrough.config", f"config.json: {key}", "the source's value", f"{_shown(after, key)}, there {_shown(before, key)}",
             "vLLM builds the model from it: only quantization_config may be added", "take the rest of config.json over",
         )  # fmt: skip
+
+
+def _window_gone(key: str, old: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether layers that had a window see all now, or one of the length that the family's class takes by itself.
+
+    Qwen's files have a length beside `use_sliding_window: false`, which transformers saves as null.
+    """
+    at, found, leaf = key.rpartition("sliding_window")
+    used = before.get(f"{at}use_sliding_window", True) is not False
+    return (found, leaf) == ("sliding_window", "") and type(old) is int and used and after.get(key) is None
 
 
 def _shown(leaves: Mapping[str, Any], key: str) -> str:

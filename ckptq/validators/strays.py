@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from ckptq.checkpoint import FLOATS
@@ -29,13 +30,14 @@ CODES = {
 _DROPPED = ("rotary_emb.inv_freq", ".g_idx", ".q_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point")
 # Scales of queries and probabilities, which an FP8 cache alone would use: fp8.py and quark/quark.py get_cache_scale_mapper.
 _TAKES_OUTPUTS = ("fp8", "quark")
+_BLOCK = re.compile(r".*?\.\d+\.")
 _OUTPUTS = (".self_attn.q_proj.output_scale", ".self_attn.prob_output_scale")
 
 
 def check(at: Expected) -> Iterator[Finding]:
     """Findings on tensors that are no parameter and no scale of a quantized linear or of the KV cache."""
     on_towers = [name for name in at.tensors if name.endswith(KV_KINDS) and _tower(name, at.scope) is not None]
-    yield from _kv_on_tower(on_towers, at.scope)
+    yield from _kv_on_tower([name for name in on_towers if not _in_unread_block(name, at)], at.scope)
     yield from _drafts(at)
     known = {*at.parameters, *on_towers}
     for name in at.tensors:
@@ -49,7 +51,7 @@ def check(at: Expected) -> Iterator[Finding]:
         elif kind == "bias":
             yield warning(
                 "layout.unknown-tensor", name, "no such tensor", "stored",
-                "vLLM has no place for this bias and drops it silently, so the linear computes something else", "check config.json",
+                "vLLM has no place for this bias and drops it silently: no harm if it is all zeros", "check config.json",
             )  # fmt: skip
         elif not name.endswith(_DROPPED) and not (at.settings.method in _TAKES_OUTPUTS and name.endswith(_OUTPUTS)):
             refused = at.settings.server.unknown_refused or not _dropped_when_unknown(name, at.scope)
@@ -95,6 +97,13 @@ def _dropped_when_unknown(name: str, scope: Scope) -> bool:
 
 def _tower(name: str, scope: Scope) -> str | None:
     return next((t.prefix for t in scope.towers if scope.canonical(name).startswith(f"{t.prefix}.")), None)
+
+
+def _in_unread_block(name: str, at: Expected) -> bool:
+    """Whether a tower's block is stored, and not built: no tensor of it is read, whatever its name."""
+    match = _BLOCK.match(name)
+    inside = [p.required for p in at.parameters.values() if match and p.name.startswith(match[0])]
+    return bool(inside) and not any(inside)
 
 
 def _kv_on_tower(names: Sequence[str], scope: Scope) -> Iterator[Finding]:

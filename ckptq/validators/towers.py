@@ -68,11 +68,11 @@ def numbers(fused: Fused, tower: Tower, scope: Scope, config: Mapping[str, Any],
 def sizes(tower: Tower, config: Mapping[str, Any]) -> dict[str, int]:
     """{word: size} of the tower's own dimensions; those that its config does not tell are left out."""
     own = tower.config(config)
-    found = {word: _size(terms, own) for word, terms in tower.sizes.items()}
-    return {word: size for word, size in found.items() if size is not None}
+    found = {word: size(terms, own) for word, terms in tower.sizes.items()}
+    return {word: n for word, n in found.items() if n is not None}
 
 
-def _size(terms: str, config: Mapping[str, Any]) -> int | None:
+def size(terms: str, config: Mapping[str, Any]) -> int | None:
     """A sum of products: `a / b * c + 1`. Quotients are rounded down."""
     with contextlib.suppress(OverflowError, ValueError):  # no size at all: config.json is anybody's
         products = [[_factor(factor.split("/"), config) for factor in term.split("*")] for term in terms.split("+")]

@@ -26,11 +26,15 @@ from ckptq.validators.scales import (
     weight_of,
 )  # fmt: skip
 from ckptq.validators.scan import NUMBERS, Seen, scan
+from ckptq.validators.vllm_rules import parameters
 
 CODES = {
     "values.not-finite": Code("a NaN or an infinity: a scale, a code, or an unquantized weight"),
     "values.not-positive": Code("a scale that is zero or negative"),
     "values.scale-range": Code("a scale that no sensible model leads to"),
+    "values.bias-dropped": Code(
+        "a bias other than zero that the server has no place for", "vLLM 0.32.0 models/utils.py AutoWeightsLoader._load_module"
+    ),
 }
 
 # Of amaxes. Weights of language models stay below 128, K and V below 4,480; inputs of down_proj reach 1e5.
@@ -106,6 +110,20 @@ def check(
             left_out |= {tensor.spec.name} if odd else set()
             yield from findings
     yield from compare.check(found.summary(component, left_out), scope)
+    yield from _dropped_biases(found.tops, component, scope)
+
+
+def _dropped_biases(tops: Mapping[str, float], component: Component, scope: Scope) -> Iterator[Finding]:
+    """Biases that do something in the source's model and nothing in the server's. One of zeros is left to strays.py."""
+    biases = [name for name, top in tops.items() if name.endswith(".bias") and top > 0 and not scope.skips(name)]
+    known = {p.name for p in parameters(scope, component.config, component.tensors)} if biases else set()
+    for name in biases:
+        if name not in known:
+            yield error(
+                "values.bias-dropped", name, "zeros: by config.json this linear has no bias", f"up to {tops[name]:.3g}",
+                "vLLM drops it silently, so the linear computes something else",
+                "mend config.json (attention_bias, mlp_bias, architectures), or remove the bias if it does not belong there",
+            )  # fmt: skip
 
 
 def _look(

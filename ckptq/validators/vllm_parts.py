@@ -55,9 +55,14 @@ def exemption(module: Any, leaf: str, elements: int) -> str:
         return "empty"
     if leaf == "input_scale_ub":
         return "from the config"
-    # Of weight-only NVFP4, for older exports that have one: modelopt.py _DropInputScale, in 0.26.0 a method of its own.
+    # Of weight-only NVFP4, for older exports that have one: modelopt.py _DropInputScale, in 0.26.0 a method of its own; for experts
+    # ModelOptNvFp4FusedMoE, and CompressedTensorsW4A4Nvfp4MoEMethod, which in 0.26.0 remembers its kernel alone.
     dropping = {type(getattr(method, "fmt", None)).__name__, type(method).__name__}
-    return "dropped" if leaf == "input_scale" and dropping & {"_DropInputScale", "ModelOptNvFp4W4A16LinearMethod"} else ""
+    if leaf == "input_scale" and dropping & {"_DropInputScale", "ModelOptNvFp4W4A16LinearMethod"}:
+        return "dropped"
+    marlin = getattr(getattr(method, "nvfp4_backend", None), "value", "") == "MARLIN"
+    experts = leaf.startswith(("w13_input", "w2_input")) and getattr(method, "use_a16", marlin)
+    return "dropped" if experts else ""
 
 
 def _parts(module: Any, name: str, parameter: Mapping[str, Any], packed: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:

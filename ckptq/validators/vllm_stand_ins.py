@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 AS_GOOD = ("scaled_fp8_quant", "silu_and_mul_quant")
 """Those whose results are what the server's own would be."""
-_EXPERT_METHODS = ("fp8", "modelopt", "compressed_tensors.compressed_tensors_moe", "quark.quark_moe", "online.fp8", "online.mxfp8")
+_CT_EXPERTS = "compressed_tensors.compressed_tensors_moe"
+_EXPERT_METHODS = (
+    "fp8", "modelopt", _CT_EXPERTS, f"{_CT_EXPERTS}.compressed_tensors_moe_w4a4_nvfp4", "quark.quark_moe", "online.fp8",
+    "online.mxfp8", "online.nvfp4",
+)  # fmt: skip
 
 
 @contextmanager
@@ -26,6 +31,7 @@ def stand_in(used: list[str]) -> Iterator[None]:
     linear kernels      vLLM's own emulations for NVFP4 and MXFP8. For FP8 blocks, MXFP4 and NVFP4 of weights alone, whose kernels
                         need a GPU, the dequantized weight times activations as they are
     FP8 MoE             no kernel: what its post-processing makes of weights and scales stays vLLM's
+    NVFP4 MoE           the same, with the scales as vLLM's emulation takes them; of weights alone those that Marlin would repack
 
     Elsewhere it does nothing. `used` gets the names of those that were needed.
     """
@@ -40,6 +46,7 @@ def stand_in(used: list[str]) -> Iterator[None]:
         _stand_in_activation(used, undo)
         _stand_in_linears(used, undo)
         _stand_in_experts(used, undo)
+        _stand_in_nvfp4_experts(used, undo)
         yield
     finally:
         for step in reversed(undo):
@@ -203,9 +210,40 @@ def _stand_in_experts(used: list[str], undo: list[Callable[[], None]]) -> None:
     def make_fp8_moe_kernel(*args: Any, **kwargs: Any) -> Any:
         return None if kwargs["experts_cls"] is object else make(*args, **kwargs)
 
-    # Those that import them by name, before: one that is imported later would keep ours.
+    _swap_methods(undo, {select_fp8_moe_backend: choose, convert_to_fp8_moe_kernel_format: convert, make_fp8_moe_kernel: make})
+
+
+def _stand_in_nvfp4_experts(used: list[str], undo: list[Callable[[], None]]) -> None:
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+
+    emulated, weights_alone = nvfp4.NvFp4MoeBackend.EMULATION, nvfp4.NvFp4MoeBackend.MARLIN
+    choose, convert, make = nvfp4.select_nvfp4_moe_backend, nvfp4.convert_to_nvfp4_moe_kernel_format, nvfp4.make_nvfp4_moe_kernel
+    no_kernel = SimpleNamespace(fused_experts=SimpleNamespace(process_weights_after_loading=lambda layer: None))
+
+    def select_nvfp4_moe_backend(config: Any, weight_key: Any, activation_key: Any) -> Any:
+        try:
+            return choose(config=config, weight_key=weight_key, activation_key=activation_key)
+        except NotImplementedError:
+            _use(used, "NVFP4 MoE")
+            return (weights_alone if activation_key is None else emulated), object
+
+    def convert_to_nvfp4_moe_kernel_format(nvfp4_backend: Any, **kwargs: Any) -> Any:
+        if nvfp4_backend != weights_alone:
+            return convert(nvfp4_backend=nvfp4_backend, **kwargs)
+        (w13, *w13_scales), (w2, *w2_scales) = ([kwargs[f"{w}{e}"] for e in ("", "_scale", "_scale_2")] for w in ("w13", "w2"))
+        return w13, *w13_scales, None, w2, *w2_scales, None
+
+    def make_nvfp4_moe_kernel(*args: Any, **kwargs: Any) -> Any:
+        return no_kernel if kwargs["experts_cls"] is object else make(*args, **kwargs)
+
+    _swap_methods(
+        undo, {select_nvfp4_moe_backend: choose, convert_to_nvfp4_moe_kernel_format: convert, make_nvfp4_moe_kernel: make}
+    )
+
+
+def _swap_methods(undo: list[Callable[[], None]], swaps: Mapping[Any, Any]) -> None:
+    """Everywhere, {ours: vLLM's}. Those that import them by name, before: one that is imported later would keep ours."""
     for method in _EXPERT_METHODS:
         importlib.import_module(f"vllm.model_executor.layers.quantization.{method}")
-    swaps = {select_fp8_moe_backend: choose, convert_to_fp8_moe_kernel_format: convert, make_fp8_moe_kernel: make}
     for new, real in swaps.items():
         _swap_everywhere(undo, real, new)

@@ -32,11 +32,17 @@ Said = Literal["error", "warning", "nothing", "can't judge"]
 REFUSALS: Mapping[str, str] = {
     "SourceError: ": "a file that can't be read, or is not there: the server can't read it either",
     "UnsupportedError: config.json: no scope for architectures ": "an architecture that no scope describes",
+    "UnsupportedError: *: routed experts that are stored together ": "all experts of a layer in one tensor, and quantized",
     "UnsupportedError: config.json: quantization_config.config_groups.group_0.targets: the class 'Conv2d' ": "a class of modules",
     "UnsupportedError: config.json: quantization_config.config_groups.*: weights of 4 bits": "other 4 bits than the server's",
     "UnsupportedError: config.json: quantization_config.config_groups.*, format pack-quantized ": "integers packed into words",
 }
 """How messages begin, as a pattern -> what they are about. For mutants that the server refuses."""
+SERVED_BY_LUCK: Mapping[str, str] = {
+    "gemma3text/weight_scale missing/v of the layer that sees all": "the last shard's, whose value the others happen to share",
+    "mistral/weight missing/gate and up are one": "as the server fuses them itself, which no file of the family is",
+}
+"""Mutants that the server serves right -> why the validator calls them faulty all the same."""
 REFUSED_THOUGH_SERVED: Mapping[str, str] = {
     "vl-modelopt/pickled weights/in their place": "the server reads pickles, which the validator never does",
     "vl-modelopt/architecture/none": "the server guesses an architecture, where none is named",
@@ -66,11 +72,13 @@ class Verdict:
             case "degraded":
                 return self.said in ("error", "warning")
             case _:
-                return self.said in ("warning", "nothing")
+                return self.said in ("warning", "nothing") or self.excused
 
     @property
     def excused(self) -> bool:
-        """Whether the validator refused to judge, and is meant to."""
+        """Whether the validator is meant to say something else: it refused to judge, or is stricter, by name."""
+        if self.label == "harmless":
+            return self.said == "error" and self.mutant.name in SERVED_BY_LUCK
         if self.said != UNJUDGED or self.label not in ("refused", "wrong"):
             return False
         if self.label == "wrong":

@@ -29,7 +29,10 @@ ROOT = TESTS.parent
 KEPT = 6
 """How many states of an origin stay on this machine, the ones used last."""
 
-Family = Literal["vl", "moe", "qwen3vl", "phi3", "omni", "mixtral", "omni-moe"]
+Family = Literal[
+    "vl", "moe", "qwen3vl", "phi3", "omni", "mixtral", "omni-moe", "llama", "mistral", "qwen2", "qwen3", "gemma3text",
+    "qwen2vl", "gemma3", "llava", "qwen3vl-moe",
+]  # fmt: skip
 Method = Literal["modelopt", "compressed-tensors", "fp8", "quark"]
 Origin = Literal["source", "tiny", "ckptq", "modelopt", "llm-compressor", "relabeled"]
 Cache = Literal["scales", "declared", "none"]
@@ -64,7 +67,7 @@ class Base:
 
     @property
     def experts(self) -> bool:
-        return self.family in ("moe", "mixtral", "omni-moe")
+        return self.family in ("moe", "mixtral", "omni-moe", "qwen3vl-moe")
 
 
 def _ckptq(name: str, source: str, *settings: str) -> Base:
@@ -80,9 +83,22 @@ def _scheme(name: str, method: Method, scheme: str, *, kv: bool = False) -> Base
     return Base(name, "vl", method, scheme, "ckptq", "vl", {"settings": settings}, "scales" if kv else "none")
 
 
+def _experts(name: str, method: Method, scheme: str, *, kv: bool = False) -> Base:
+    """The same of the model with routed experts."""
+    base = _scheme(name, method, scheme, kv=kv)
+    settings = (*base.settings["settings"], 'keep=["*.mlp.gate", "lm_head"]')
+    return Base(name, "moe", method, scheme, "ckptq", "moe", {"settings": settings}, base.kv)
+
+
 def _tiny(family: Family, source: str) -> Base:
     """By ckptq, of a checkpoint of tests/families, in FP8 with an FP8 KV cache by the family's recipe."""
     return Base(f"{family}-modelopt-fp8kv-ckptq", family, "modelopt", "fp8", "ckptq", source, {"family": source}, "scales")
+
+
+def _tiny_nvfp4(family: Family, source: str, recipe: str) -> Base:
+    """The same in NVFP4."""
+    settings = {"family": source, "recipe": recipe}
+    return Base(f"{family}-modelopt-nvfp4kv-ckptq", family, "modelopt", "nvfp4", "ckptq", source, settings, "scales")
 
 
 def _modelopt(name: str, source: str, format: str, kv: str | None) -> Base:
@@ -135,11 +151,25 @@ _ALL = (
     _scheme("vl-fp8-static-ckptq", "fp8", "fp8"),
     _scheme("vl-fp8-dynamic-ckptq", "fp8", "fp8-tensor"),
     _scheme("vl-fp8-block-ckptq", "fp8", "fp8-block"),
+    _experts("moe-modelopt-nvfp4kv-ckptq", "modelopt", "nvfp4", kv=True),
+    _experts("moe-modelopt-w4a16-ckptq", "modelopt", "nvfp4a16"),
+    _experts("moe-ct-nvfp4kv-ckptq", "compressed-tensors", "nvfp4", kv=True),
+    _experts("moe-ct-nvfp4a16-ckptq", "compressed-tensors", "nvfp4a16"),
     _tiny("phi3", "phi3"),
     _tiny("qwen3vl", "qwen3_vl"),
     _tiny("mixtral", "mixtral"),
     _tiny("omni", "qwen2_5_omni"),
     _tiny("omni-moe", "qwen3_omni_moe"),
+    _tiny_nvfp4("omni-moe", "qwen3_omni_moe", "qwen3omni-nvfp4"),
+    _tiny("llama", "llama"),
+    _tiny("mistral", "mistral"),
+    _tiny("qwen2", "qwen2"),
+    _tiny("qwen3", "qwen3"),
+    _tiny("gemma3text", "gemma3_text"),
+    _tiny("qwen2vl", "qwen2_vl"),
+    _tiny("gemma3", "gemma3"),
+    _tiny("llava", "llava"),
+    _tiny("qwen3vl-moe", "qwen3_vl_moe"),
     _modelopt("vl-modelopt-fp8kv-peer", "vl", "fp8", "fp8"),
     _modelopt("vl-modelopt-fp8cast-peer", "vl", "fp8", "fp8_cast"),
     _modelopt("vl-modelopt-fp8-peer-tied", "vl-tied", "fp8", None),
@@ -151,6 +181,7 @@ _ALL = (
     _modelopt("vl-modelopt-mixedkv-peer", "vl", "mixed", "fp8"),
     _modelopt("moe-modelopt-fp8kv-peer", "moe", "fp8", "fp8"),
     _modelopt("moe-modelopt-fp8-peer-mixed", "moe-mixed", "fp8", None),
+    _modelopt("moe-modelopt-nvfp4kv-peer", "moe", "nvfp4", "fp8"),
     _llm_compressor("vl-ct-fp8-peer", "vl", "FP8"),
     _llm_compressor("vl-ct-fp8kv-peer", "vl", "FP8", kv=True),
     _llm_compressor("vl-ct-dynamic-peer", "vl", "FP8_DYNAMIC"),

@@ -2,7 +2,7 @@
 
 python -m corpus.convert --jobs JOBS.json     # [{"source": DIR, "output": DIR, "settings": ["KEY=VALUE", ...]}, ...]
 
-A job with a "family" of tests/families in the place of settings is done by the first of its recipes.
+A job with a "family" of tests/families in the place of settings is done by the first of its recipes, or by "recipe".
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
     from families import families
 
     family = families()[job["family"]]
-    settings = family.settings(family.recipes[0], Path(job["source"]), Path(job["output"]))
-    return load_recipe(family.recipes[0], [*settings, *UNSEEN])
+    name = job.get("recipe", family.recipes[0])
+    return load_recipe(name, [*family.settings(name, Path(job["source"]), Path(job["output"])), *UNSEEN])
 
 
 if __name__ == "__main__":

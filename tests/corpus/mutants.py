@@ -30,6 +30,8 @@ PARTS = (
     "group_values",
     "mixed",
     "families",
+    "plain",
+    "vision",
 )
 
 

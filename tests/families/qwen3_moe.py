@@ -33,7 +33,7 @@ def make(folder: Path) -> None:
 
 FAMILY = Family(
     make,
-    ("qwen3-moe-fp8", "qwen3-moe-fp8-dynamic"),
+    ("qwen3-moe-fp8", "qwen3-moe-fp8-dynamic", "qwen3-moe-nvfp4"),
     mutants=(
         Mutant("no scale of an expert's input", drop("*.0.mlp.experts.11.down_proj.input_scale"), "layout.missing-scale"),
         Mutant("an expert missing", drop("*.2.mlp.experts.10.*"), "layout.missing-tensor"),

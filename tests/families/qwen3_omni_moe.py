@@ -126,7 +126,7 @@ def _plain_fp8(quantization: dict[str, Any]) -> None:
 
 FAMILY = Family(
     make,
-    ("qwen3omni-fp8", "qwen3omni-fp8-dynamic"),
+    ("qwen3omni-fp8", "qwen3omni-fp8-dynamic", "qwen3omni-nvfp4"),
     calibration=SAMPLES,
     resident=lambda source: thinker(source, "Qwen3OmniMoeThinkerForConditionalGeneration"),
     off=("*lm_head*", "*visual*", "*audio_tower*"),

@@ -48,11 +48,14 @@ LOSS = 1.1
 """A weight whose error against the source has grown by this factor has lost bits."""
 SHOWN = 2
 GONE = "not there"
-OF_INPUTS = (".input_global_scale", ".input_global_scale_inv", ".alpha")
+EXPERTS, PARTS = ("w13_weight", "w2_weight"), ("_scale", "_scale_2")
+OF_INPUTS = (".input_global_scale", ".input_global_scale_inv", ".alpha", ".w13_input_scale", ".w2_input_scale")
 WEIGHTS_ALONE = ".is_w4a16_nvfp4"
 """Tensors of NVFP4 alone that weight-only kernels do without, and the layer's mark that it has such a kernel."""
 WITHIN = ("weight_scale", "weight_scale_inv", "weight_global_scale", "alpha", "azp_adj")
 """Tensors that follow from weights or are parts of them."""
+READ_BEFORE = tuple(f"{part}_{of}_global_scale" for part in ("w13", "w2") for of in ("weight", "input"))
+"""Of compressed-tensors' NVFP4 experts, what others were made from and nothing reads any more."""
 
 Values = dict[str, torch.Tensor]
 
@@ -121,6 +124,7 @@ def effective(model: Any) -> Values:
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, module in model.named_modules():
         scales = {f"{name}.{scale}": getattr(module, scale, None) for scale in ("_q_scale", "_k_scale", "_v_scale", "_prob_scale")}
+        scales |= {f"{name}.{scale}": getattr(module, scale, None) for scale in ("w13_input_scale", "w2_input_scale")}
         found |= {key: value for key, value in scales.items() if isinstance(value, torch.Tensor)}
     return {name: found[name].detach().cpu() for name in sorted(found)}
 
@@ -131,7 +135,7 @@ def computed(model: Any) -> tuple[Values, dict[str, str], dict[str, Any], dict[s
     A quantized weight is its codes times their scales.
     """
     shared = {name: p.detach().cpu() for name, p in model.named_parameters(remove_duplicate=False)}
-    stored = {**shared, **effective(model)}
+    stored = {name: tensor for name, tensor in {**shared, **effective(model)}.items() if not name.endswith(READ_BEFORE)}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in stored.items()}
     values: Values = {}
     steps = {}
@@ -140,7 +144,8 @@ def computed(model: Any) -> tuple[Values, dict[str, str], dict[str, Any], dict[s
         values[name] = tensor.float() if scale is None else decoded(tensor) * scale
         if scale is not None:
             steps[name] = SMALLEST * float(scale.abs().max()) if tensor.dtype == torch.float8_e4m3fn else 0.0
-    for name in [name for name in stored if name.rpartition(".")[2] in WITHIN]:
+    of_experts = [f"{n}{end}" for n in stored if stored[n].dtype == torch.uint8 and n.endswith(EXPERTS) for end in PARTS]
+    for name in [name for name in stored if name.rpartition(".")[2] in WITHIN or name in of_experts]:
         del values[name]
     return values, dtypes, dict(settings(model)), steps
 
@@ -154,6 +159,8 @@ def scale_of(name: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | No
         return None
     scale = (found.float() - 127).exp2() if found.dtype == torch.uint8 else found.float()
     whole = stored.get(f"{name}_global_scale")
+    if name.endswith(EXPERTS) and f"{name}_scale_2" in stored:  # one an expert
+        whole = stored[f"{name}_scale_2"].reshape(-1, 1, 1)
     return spread(scale, decoded(stored[name])) * (1.0 if whole is None else whole.float())
 
 

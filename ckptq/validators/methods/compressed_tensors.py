@@ -12,7 +12,7 @@ from typing import Any
 
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope, Split
-from ckptq.validators import Code, Finding, error, expressions, groups, has_errors
+from ckptq.validators import Code, Finding, error, expressions, formats, groups, has_errors
 from ckptq.validators.expressions import Matches
 from ckptq.validators.formats import Format
 from ckptq.validators.methods import Matcher, Settings, Treatment, as_json, exclude_list, is_names, spelled
@@ -180,7 +180,7 @@ def read(section: Mapping[str, Any], file: str, server: Server) -> Settings | No
 def matcher(settings: Settings, scope: Scope) -> Matcher:
     """Which linears are built quantized: those that a group's targets reach by name or class, and the ignore list does not.
 
-    Raises UnsupportedError, when it is asked, for routed experts that are not FP8.
+    Raises UnsupportedError, when it is asked, for routed experts that are neither FP8 nor NVFP4.
     """
     packed, split_for, matches = packed_modules(scope), split_of(scope), expressions.matcher()
     ignore = [_mapped(entry, scope) for entry in settings.exclude]
@@ -205,12 +205,14 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
     def of_prefix(prefix: str, kind: str, experts: tuple[str, ...]) -> Treatment:
         found = {of_name(f"{prefix}.0.{e}", kind) for e in experts} if experts else {of_name(prefix, kind)}
         treatment = found.pop() if len(found) == 1 else "refused"
-        if kind == "RoutedExperts" and isinstance(treatment, Format) and not groups.is_fp8(treatment):
+        if kind != "RoutedExperts" or not isinstance(treatment, Format) or groups.is_fp8(treatment):
+            return treatment
+        if treatment not in (formats.CT_NVFP4, formats.CT_NVFP4_A16):
             raise UnsupportedError(
-                f"{settings.file}: routed experts in {treatment.name} can't be checked yet; what can: FP8",
+                f"{settings.file}: routed experts in {treatment.name} can't be checked yet; what can: FP8, NVFP4",
                 hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
             )
-        return treatment
+        return formats.of_experts(treatment)
 
     def treat(linear: ServerLinear) -> Treatment:
         # compressed_tensors_moe.py get_moe_method: the projections of expert 0 are asked, and stand for all.

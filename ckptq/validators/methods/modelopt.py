@@ -159,7 +159,8 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
     """Which linears are built quantized: all that the list does not reach, lm_head among them; of a mixed checkpoint those listed.
 
     Routed experts are built per tensor with static activations whatever FP8 algorithm is named: FusedMoEMethodCls is
-    ModelOptFp8MoEMethod for all three. Raises UnsupportedError, when it is asked, for those of other algorithms.
+    ModelOptFp8MoEMethod for all three. Those of NVFP4 are ModelOptNvFp4FusedMoE's, with activations or without. Raises
+    UnsupportedError, when it is asked, for those of other algorithms.
     """
     patterns, packed, server = server_patterns(settings.exclude, scope), packed_modules(scope), settings.server
     listed = mixed.finder(_body(settings.section)[0], scope, packed, server) if settings.format == MIXED else None
@@ -182,9 +183,11 @@ def matcher(settings: Settings, scope: Scope) -> Matcher:
 
 
 def _of_experts(algo: str, settings: Settings) -> Format:
+    if algo in _GROUPED:
+        return formats.of_experts(FORMATS[algo])
     if not algo.startswith("FP8") or (settings.format == MIXED and algo != "FP8"):
         raise UnsupportedError(
-            f"{settings.file}: routed experts in {algo} can't be checked yet; what can: FP8",
+            f"{settings.file}: routed experts in {algo} can't be checked yet; what can: FP8, NVFP4, W4A16_NVFP4",
             hint="`--load` asks the real vLLM, which loads faulty checkpoints, too",
         )
     return formats.MODELOPT_FP8

@@ -1,0 +1,235 @@
+"""From a recipe to a job that is planned and found sound, before any arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptq import cost, hub, quantized, reuse, validate
+from ckptq.checkpoint import Component, Inventory, read_inventory
+from ckptq.cost import Cost
+from ckptq.denoise_cost import Reads, reads
+from ckptq.errors import RecipeError, UnsupportedError
+from ckptq.exporters import find_exporter
+from ckptq.mistakes import close
+from ckptq.plan import Plan
+from ckptq.plan_denoiser import build_denoiser_plan, written_component
+from ckptq.planner import build_plan
+from ckptq.recipe import Recipe
+from ckptq.reuse import Reused
+from ckptq.scopes import Scope
+from ckptq.scopes.denoisers import Denoiser, all_denoisers, find_denoiser
+from ckptq.sections import PromptCalibration, Treatment
+from ckptq.spelled import choose_scope
+from ckptq.unstack import unstack
+from ckptq.validators import Finding, Stored, omni
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A component that is converted.
+
+    component  as the plan reads it: routed experts one by one, what a file must hold as one joined
+    scope      of a language model or a denoiser; None where weights are stored in FP8 and no server reads them
+    """
+
+    component: Component
+    scope: Scope | Denoiser | None
+    plan: Plan
+
+    @property
+    def folder(self) -> str:
+        return self.component.folder
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job that has been planned and found sound, before any arithmetic.
+
+    parts  the components that are converted; of a plain model there is one, in the folder ""
+    reads  what calibrating its denoisers reads and holds, where it is a pipeline that needs that
+    """
+
+    recipe: Recipe
+    source: hub.Source
+    inventory: Inventory
+    parts: tuple[Part, ...]
+    cost: Cost
+    findings: tuple[Finding, ...]
+    reused: Reused | None = None
+    reads: Reads | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether samples run through the model: scales come from activations, and no earlier run has measured them."""
+        return self.calibrated and self.reused is None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any scale comes from activations."""
+        return any(part.plan.calibrated for part in self.parts)
+
+    @property
+    def plan(self) -> Plan:
+        """Of a plain model."""
+        (part,) = self.parts
+        return part.plan
+
+    @property
+    def scope(self) -> Scope:
+        """Of a plain language model."""
+        (part,) = self.parts
+        assert isinstance(part.scope, Scope)
+        return part.scope
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """A pipeline's files that are copied as they are, relative to the root: those of its other components, and of none."""
+        converted = {part.folder for part in self.parts}
+        others = (component for component in self.inventory.components if component.folder not in converted)
+        return (*self.inventory.files, *(file for component in others for file in _files(component)))
+
+    @property
+    def output_bytes(self) -> int:
+        """What the output takes, without small files."""
+        converted = {part.folder for part in self.parts}
+        kept = sum(c.nbytes for c in self.inventory.components if c.folder not in converted)
+        return kept + sum(part.plan.nbytes for part in self.parts)
+
+
+def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
+    """Reads headers and plans. Of a Hub source's weights nothing else is fetched yet.
+
+    amax   the ckptq.json of an earlier run, or its folder: what it measured stands for a calibration
+    """
+    if recipe.model is None:
+        raise RecipeError("the recipe names no model", hint="add `model:` to it, or give --model SRC")
+    source = hub.fetch(recipe.model, weights=False)
+    inventory = read_inventory(source.root, source.header)
+    _refuse_other_kind(recipe, inventory)
+    if recipe.from_fp8:
+        inventory = _dense(recipe, inventory)
+    if inventory.pipeline is None and find_denoiser(inventory.main.config, None) is None:
+        scope = choose_scope(inventory.main.config, recipe.scope)
+        inventory = unstack(inventory, scope)
+        plan = build_plan(recipe, inventory.main, scope, find_exporter(recipe.export.format))
+        parts: tuple[Part, ...] = (Part(inventory.main, scope, plan),)
+        findings = validate.validate_plan(plan, scope)
+    else:
+        parts = tuple(_parts(recipe, inventory))
+        if not parts:
+            raise RecipeError("the recipe converts nothing: every component that it names stays")
+        findings = [finding for part in parts for finding in _findings(part, inventory)]
+    reused = reuse.read_amax(amax) if amax is not None else None
+    if reused is not None:
+        reuse.refuse_missing(reused, parts)
+    calibrates = reused is None and any(part.plan.calibrated for part in parts)
+    told = None
+    if isinstance(parts[0].scope, Scope):
+        needs = cost.estimate(parts[0].plan, inventory.main, parts[0].scope, recipe, calibrates=calibrates)
+    else:
+        needs = Cost(resident=0, layer=0, sample=0, passing=0, samples=0, tokens=0, flops=0.0)
+        if calibrates:
+            told = _reads(recipe, inventory)
+    return Prepared(recipe, source, inventory, parts, needs, tuple(findings), reused, told)
+
+
+def _reads(recipe: Recipe, inventory: Inventory) -> Reads:
+    """What running the denoisers takes. Raises RecipeError for samples that are no prompts."""
+    if not isinstance(recipe.calibration, PromptCalibration):
+        raise RecipeError(
+            f"calibration.source {recipe.calibration.source}: a denoiser is calibrated on prompts",
+            hint="add `calibration: {source: prompts}`, or take a scheme with dynamic activations",
+        )
+    pipeline = inventory.pipeline["_class_name"] if inventory.pipeline else None
+    found = [(component, find_denoiser(component.config, pipeline)) for component in inventory.components]
+    denoisers = [(component, denoiser) for component, denoiser in found if denoiser]
+    return reads([*denoisers], [component for component, denoiser in found if denoiser is None], recipe.calibration)
+
+
+def _refuse_other_kind(recipe: Recipe, inventory: Inventory) -> None:
+    """Raises RecipeError for a recipe of pipelines and a plain model, or the other way round, and for components that are not."""
+    if inventory.pipeline is None:
+        if recipe.components:
+            raise RecipeError(
+                f"components: {inventory.root} is no pipeline: it has no model_index.json",
+                hint="write `quantize:` with rules for a plain model, or give the pipeline's folder",
+            )
+        return
+    name, folders = inventory.pipeline["_class_name"], [c.folder for c in inventory.components]
+    if not recipe.components:
+        raise RecipeError(
+            f"the source is a pipeline, {name}: the recipe's rules are for a plain model",
+            hint=f"write `components:` with what becomes of {', '.join(folders)}; `ckptq recipes` lists recipes for pipelines",
+        )
+    for component, treatment in recipe.components.items():
+        known = [n for n in inventory.pipeline if not n.startswith("_")]
+        if component not in known:
+            raise RecipeError(
+                f"components.{component}: {name} has no such component{close(component, known, near_only=True)}",
+                hint=f"it has {', '.join(known)}",
+            )
+        if component not in folders and treatment.action != "keep":
+            raise RecipeError(
+                f"components.{component}: it has no weights in safetensors", hint=f"those that have: {', '.join(folders)}"
+            )
+    for setting, value in (("kv_cache", recipe.kv_cache), ("scope", recipe.scope), ("keep", recipe.keep)):
+        if value:
+            raise RecipeError(f"{setting}: belongs to a plain language model; the source is a pipeline, {name}")
+
+
+def _dense(recipe: Recipe, inventory: Inventory) -> Inventory:
+    """With the components that are converted seen as BF16."""
+    if inventory.pipeline is None:
+        return quantized.dense(inventory)
+    converted = {name for name, treatment in recipe.components.items() if treatment.action != "keep"}
+    one = (dataclasses.replace(inventory, components=(c,)) for c in inventory.components)
+    components = (quantized.dense(i).main if i.main.folder in converted and quantized.describe(i.main) else i.main for i in one)
+    return dataclasses.replace(inventory, components=tuple(components))
+
+
+def _parts(recipe: Recipe, inventory: Inventory) -> Iterator[Part]:
+    if inventory.pipeline is None:
+        yield _denoiser(recipe, Treatment(quantize=recipe.quantize, keep=recipe.keep), inventory, inventory.main)
+        return
+    for component in inventory.components:
+        treatment = recipe.components.get(component.folder, Treatment(action="keep"))
+        if treatment.action is None:
+            yield _denoiser(recipe, treatment, inventory, component)
+        elif treatment.action != "keep":
+            from ckptq.storage import plan_storage
+
+            yield Part(component, None, plan_storage(component, treatment.action, recipe.export.shard_size))
+
+
+def _denoiser(recipe: Recipe, treatment: Treatment, inventory: Inventory, component: Component) -> Part:
+    pipeline = inventory.pipeline["_class_name"] if inventory.pipeline else None
+    denoiser = find_denoiser(component.config, pipeline)
+    if denoiser is None or component.folder not in denoiser.folders:
+        known = ", ".join(sorted(name for d in all_denoisers() for name in d.pipelines))
+        what = component.config.get("_class_name") or component.folder
+        raise UnsupportedError(
+            f"components.{component.folder}: no server takes a quantized {what} in {pipeline}; denoisers are known of {known}",
+            hint=f"write `{component.folder}: keep`, or `fp8-storage` for files that a loader turns back to BF16",
+        )
+    seen = written_component(component, denoiser, recipe.export.format)
+    exporter = find_exporter(recipe.export.format)
+    return Part(seen, denoiser, build_denoiser_plan(recipe, treatment, inventory, seen, denoiser, exporter))
+
+
+def _findings(part: Part, inventory: Inventory) -> list[Finding]:
+    if not isinstance(part.scope, Denoiser):
+        return []
+    pipeline = inventory.pipeline["_class_name"] if inventory.pipeline else None
+    stored = Stored(json.loads(part.plan.files["config.json"]), None, part.plan.tensors)
+    return omni.check_component(part.folder, stored, part.scope, pipeline)
+
+
+def _files(component: Component) -> Iterator[str]:
+    """Everything in a component's folder: it stays byte for byte."""
+    own = (*component.weight_files, *([component.index] if component.indexed else []), "config.json")
+    for name in (*own, *component.sidecars, *component.left_out):
+        yield f"{component.folder}/{name}"

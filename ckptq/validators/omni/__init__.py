@@ -1,0 +1,59 @@
+"""vLLM-Omni 0.30.0: what it builds of a diffusion pipeline, against what is stored.
+
+`check_component` looks at one denoiser, of a folder or of a plan; `check_pipeline` at what one component's configuration does to
+the others.
+"""
+
+from __future__ import annotations
+
+from ckptq.scopes.denoisers import Denoiser
+from ckptq.validators import Finding, Stored, warning
+from ckptq.validators.formats import SCALE_KINDS
+from ckptq.validators.omni import others, sections, tensors
+from ckptq.validators.omni.built import Built, build
+
+FILE = "config.json: quantization_config"
+
+
+def check_component(folder: str, stored: Stored, denoiser: Denoiser, pipeline: str | None) -> list[Finding]:
+    """What the server would find wrong with a denoiser, or would not find: names, dtypes, shapes, its config. Pure, no torch.
+
+    folder    of the component in the pipeline; "" for a root checkpoint
+    pipeline  `_class_name` of model_index.json; None for a root checkpoint
+    Raises SourceError for a config without its numbers of blocks, UnsupportedError for a method that the server knows and ckptq
+    does not.
+    """
+    return examine(folder, stored, denoiser)[0]
+
+
+def examine(folder: str, stored: Stored, denoiser: Denoiser) -> tuple[list[Finding], Built | None]:
+    """(findings, what the server will build, or None where it builds nothing quantized)."""
+    at = f"{folder}/{FILE}" if folder else FILE
+    section = sections.section_of(stored.config)
+    if section is None:
+        return ([sections.no_section(at)] if _coded(stored) else []), None
+    found, findings = sections.read(section, at)
+    if found is None:
+        return findings, None
+    findings += _option(found, denoiser)
+    built = build(denoiser, folder, stored.config, stored.tensors, found)
+    return [*findings, *tensors.check(built), *others.check(built)], built
+
+
+def _coded(stored: Stored) -> bool:
+    """Whether a weight is stored as codes."""
+    weights = (spec for name, spec in stored.tensors.items() if name.endswith("weight"))
+    return any(spec.dtype in ("F8_E4M3", "I8", "U8") for spec in weights) or any(n.endswith(SCALE_KINDS) for n in stored.tensors)
+
+
+def _option(section: sections.Section, denoiser: Denoiser) -> list[Finding]:
+    """Where the files alone do not do."""
+    option = denoiser.options.get(section.method)
+    if option is None:
+        return []
+    return [
+        warning(
+            "config.omni-option", section.file, f"the server started with `{option}`", f"quant_method {section.method}",
+            "vLLM-Omni raises without it", f"start it with `{option}`, or convert to another format",
+        )
+    ]  # fmt: skip

@@ -1,0 +1,33 @@
+"""What vLLM-Omni does with a denoiser beyond what ckptq/scopes/denoisers says: lists, and tensors that it doesn't know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+OMNI = "vLLM-Omni 0.30.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Of one denoiser. All this was read in its transformer's file and its pipeline's.
+
+    renames  (part of a name on a list, what the server makes of it); after `^` a beginning: the pipeline's hf_to_vllm_mapper
+    refuses  whether a tensor that it has no place for makes it raise; others drop it
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    refuses: bool = False
+
+
+_PLAIN = Facts()
+_FACTS: Mapping[str, Facts] = {
+    # omnigen2_transformer.py and z_image_transformer.py load_weights look every name up in params_dict.
+    "omnigen2": Facts(refuses=True),
+    "z_image": Facts(refuses=True),
+}
+
+
+def facts_of(name: str) -> Facts:
+    """Those of a denoiser, by its name."""
+    return _FACTS.get(name, _PLAIN)

@@ -1,0 +1,223 @@
+"""What pipelines share: weights, text encoders, tokenizers, VAEs, schedulers, each tiny and of the real classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen2.5-vl"
+VOCAB = 4096
+"""The example's tokenizer: its last eight tokens are special ones."""
+SPECIAL = {"vision_start_token_id": 4091, "vision_end_token_id": 4092, "image_token_id": 4094, "video_token_id": 4095}
+
+
+def filled(module: Any, seed: int = 0) -> Any:
+    """The module in BF16: matrices that keep the size of what passes, norms near one, biases near zero; one generator for all.
+
+    What its class keeps in float32 stays so, as diffusers loads it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                values /= max(1, parameter[0].numel()) ** 0.5
+            elif name.endswith("bias"):
+                values *= 0.02
+            else:
+                values = 1 + values * 0.1
+            wide = any(part in name.split(".") for part in kept)
+            parameter.data = values if wide else values.to(torch.bfloat16)
+    return module.eval()
+
+
+def index(folder: Path, pipeline: str, components: Mapping[str, tuple[str, str]], **more: Any) -> None:
+    """model_index.json, where no class of diffusers writes it."""
+    listed = {name: list(pair) for name, pair in components.items()}
+    rows = {"_class_name": pipeline, "_diffusers_version": "0.42.1", **more, **listed}
+    (folder / "model_index.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def amend(folder: Path, **entries: Any) -> None:
+    """Entries of model_index.json that its pipeline's class can't write here."""
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries, indent=2) + "\n")
+
+
+def scheduler() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def shifting_scheduler() -> Any:
+    """Whose shift depends on the size of the image."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+
+
+def tokenizer() -> Any:
+    from transformers import Qwen2Tokenizer
+
+    return Qwen2Tokenizer.from_pretrained(EXAMPLE)
+
+
+def qwen_processor(folder: Path) -> None:
+    """The example's files, which are Qwen2.5-VL's."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+
+
+def pixtral_processor(folder: Path) -> None:
+    """Makes FLUX.2's of the tokenizer that lies in the folder, by hand: the class itself wants torchvision."""
+    image = {"image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 14, "width": 14}}
+    image |= {"size": {"longest_edge": 56}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    marks = {"image_token": "<|image_pad|>", "image_break_token": "<|vision_start|>", "image_end_token": "<|vision_end|>"}
+    whole = {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2, **marks, "image_processor": image}
+    (folder / "processor_config.json").write_text(json.dumps(whole, indent=2) + "\n")
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    amend(folder.parent, **{folder.name: ["transformers", "PixtralProcessor"]})
+
+
+def qwen2_5_vl(hidden: int = 64, layers: int = 2) -> Any:
+    """Qwen-Image's and OmniGen2's text encoder; one layer of vision."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 32,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        "bos_token_id": None,
+        "eos_token_id": 4090,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **SPECIAL)
+    return filled(Qwen2_5_VLForConditionalGeneration(config), seed=1)
+
+
+def qwen3(hidden: int = 64, layers: int = 3) -> Any:
+    """Z-Image's text encoder. Input and output embeddings are one, as the hub's."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=VOCAB,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=4090,
+        tie_word_embeddings=True,
+    )
+    return filled(Qwen3ForCausalLM(config), seed=1)
+
+
+def mistral3(hidden: int = 32, layers: int = 30) -> Any:
+    """FLUX.2's text encoder, which takes the states after layers 10, 20 and 30."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {
+        "model_type": "mistral",
+        "hidden_size": hidden,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 2048,
+        "bos_token_id": None,
+        "eos_token_id": 4090,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = Mistral3Config(
+        text_config=text, vision_config=vision, image_token_index=4094, spatial_merge_size=2, tie_word_embeddings=False
+    )
+    return filled(Mistral3ForConditionalGeneration(config), seed=1)
+
+
+def qwen_vae() -> Any:
+    """Sixteen latent channels, as the statistics in its config have."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return filled(AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1), seed=2)
+
+
+def kl_vae(latent: int = 16) -> Any:
+    from diffusers import AutoencoderKL
+
+    return filled(
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 16, 16),
+            latent_channels=latent,
+            norm_num_groups=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        seed=2,
+    )
+
+
+def t5_tokenizer() -> Any:
+    """UMT5's kind: single characters, for lack of the published pieces."""
+    from transformers import T5Tokenizer
+
+    letters = [(chr(code), -4.0) for code in range(33, 127)]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0), *letters], extra_ids=0)
+
+
+def t5(kind: str, hidden: int = 64, vocab: int = 384) -> Any:
+    """`kind`: "T5" (GLM-Image's, of bytes) or "UMT5" (Wan's)."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=hidden, d_kv=16, d_ff=2 * hidden, num_layers=2, num_heads=4, vocab_size=vocab, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return filled(getattr(transformers, f"{kind}EncoderModel")(config), seed=1)
+
+
+def wan_vae() -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return filled(AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1), seed=2)
