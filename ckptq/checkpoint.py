@@ -6,6 +6,7 @@ mapping count as resident memory. The folder may be anybody's: no name, size or 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -156,10 +157,14 @@ def component_names(index: Mapping[str, Any]) -> tuple[str, ...]:
 def _stem_of(base: Path, header: Callable[[Path], Header]) -> str:
     """What the component's weight files are called; "" where it has none in safetensors."""
     for stem in STEMS:
-        if (base / index_name(stem)).is_file() or (base / f"{stem}.safetensors").exists():
+        single = base / f"{stem}.safetensors"
+        if (base / index_name(stem)).is_file() or single.exists():
             return stem
-    remote = getattr(header, "remote", {})  # see hub.py: files that are not here yet
-    return next((stem for stem in STEMS if f"{base.name}/{stem}.safetensors" in remote), "")
+        if header is not read_header:  # of a file that is still on the Hub
+            with contextlib.suppress(FileNotFoundError):
+                header(single)
+                return stem
+    return ""
 
 
 def _read_component(root: Path, folder: str, header: Callable[[Path], Header], strict: bool, stem: str = "model") -> Component:

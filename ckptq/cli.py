@@ -108,6 +108,13 @@ def validate(
         Path | None,
         typer.Option("--scope", metavar="FILE", help="Judge by the scope in this recipe or ckptq.json, not by ckptq's own."),
     ] = None,
+    target: Annotated[
+        Literal["auto", "vllm", "vllm-omni"],
+        typer.Option(
+            "--target",
+            help="Who will serve it; auto: vLLM-Omni for a diffusion pipeline. Of a talker vllm-omni has rules of its own.",
+        ),
+    ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
     format: Annotated[
         Literal["human", "json", "junit", "github"],
@@ -126,7 +133,7 @@ def validate(
     from ckptq.reports.human import show
 
     kept = reports.destinations(report or ())
-    asked = reports.Asked(source, not no_values, load or generate, generate, strict, vllm, tp=tp, ep=ep, scope=scope)
+    asked = reports.Asked(source, not no_values, load or generate, generate, strict, vllm, tp=tp, ep=ep, scope=scope, target=target)
     console = Console()
 
     def tell(outcome: reports.Outcome) -> None:
@@ -175,14 +182,19 @@ def inspect(
     format: FormatOption = "human",
 ) -> None:
     """Show a checkpoint's parts, its scope or a proposal for one, and what recipes would touch."""
-    from ckptq import hub, render
+    from ckptq import hub, render, render_pipeline
     from ckptq.checkpoint import read_inventory
     from ckptq.console import Console
 
     console = Console(format)
     opened = hub.fetch(source, weights=False)
-    data = render.inspect_data(read_inventory(opened.root, opened.header), recipe)
-    console.result(data, lambda: render.show_inspect(console, data))
+    inventory = read_inventory(opened.root, opened.header)
+    if render_pipeline.holds_denoiser(inventory):
+        data = render_pipeline.pipeline_data(inventory, recipe)
+        console.result(data, lambda: render_pipeline.show_pipeline(console, data))
+    else:
+        data = render.inspect_data(inventory, recipe)
+        console.result(data, lambda: render.show_inspect(console, data))
 
 
 @app.command()

@@ -61,6 +61,8 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         )
     for finding in job.findings:
         console.warn(f"of the planned output: {finding.code}: {finding.subject}: {finding.found}: {finding.effect}")
+    if job.recipe.calibration.all_experts and (idle := routing.idle(part.scope for part in job.parts)):
+        console.warn(idle)
     output = Path(job.recipe.output)
     if job.reused is not None and not job.calibrated:
         console.note(f"--amax {job.reused.path} is not used: the recipe needs no calibration")

@@ -30,6 +30,8 @@ from ckptq.observe import Seen
 from ckptq.plan import Observer
 from ckptq.sections import PromptCalibration
 
+__all__ = ["DenoiserPart", "measure"]
+
 Table = dict[str, float]
 """{observer: amax}."""
 
@@ -51,8 +53,8 @@ def measure(
     samples    what `load_samples(settings)` has found, where that is known
     inventory  the same of `read_inventory(root)`
 
-    Raises UnsupportedError for a pipeline that diffusers can't run or that brings code of its own, CalibrationError where it can't be
-    run with these settings, DataError for NaN, infinity, and a denoiser or a module that no step reached.
+    Raises UnsupportedError for a pipeline that diffusers can't run or that brings code of its own, CalibrationError where it does
+    not run with these settings, DataError for NaN, infinity, and a denoiser or a module that no step reached.
     """
     inventory = inventory or read_inventory(root)
     samples = samples or load_samples(settings)
@@ -150,7 +152,9 @@ class _Work:
             return unseen
         if self._loaded != [model]:
             self._load(model)
-        return self._seen[model.folder].note_weight if self._reads[model.folder] == [] and model.folder in self.parts else unseen
+        first, part = not self._reads[model.folder], self.parts.get(model.folder)
+        weighed = part is not None and any(o.kind == "weight" for o in part.observers)
+        return self._seen[model.folder].note_weight if first and weighed else unseen
 
     def block(self, model: PipelineModel) -> None:
         """All calls have passed a block of it."""
@@ -190,11 +194,9 @@ class _Work:
         waves = max((max(found) for found in self._reads.values() if found), default=1)
         passes = sum(len(found) for found in self._reads.values())
         if waves > 1:
-            self._console.note(
-                f"denoise: memory for what waits let prompts pass in up to {waves} waves, each of which read all blocks"
-            )
+            self._console.note(f"denoise: prompts passed in up to {waves} waves, for want of memory; each read all blocks")
         if passes > self._settings.steps:
-            self._console.note(f"denoise: the pipeline wanted {passes} runs of its denoisers for {self._settings.steps} steps")
+            self._console.note(f"denoise: the pipeline ran its denoisers {passes} times in {self._settings.steps} steps")
 
 
 def _note(seen: Seen, observer: Observer, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

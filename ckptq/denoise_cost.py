@@ -117,13 +117,13 @@ def refuse_unrunnable(pipeline: Mapping[str, Any] | None, denoiser: Denoiser) ->
             continue
         if len(entry) != 2 or entry[0] not in ("diffusers", "transformers", None):
             raise UnsupportedError(
-                f"model_index.json: {component} is a class of {entry[0]!r}: ckptq runs no code but that of diffusers and transformers",
+                f"model_index.json: {component} is a class of {entry[0]!r}; only classes of diffusers and transformers are run",
                 hint=DYNAMIC,
             )
 
 
 def room(needed: Reads, limit: int | None, free: int) -> int:
-    """Bytes that waiting prompts may hold, under `limit` in all or under 80 % of what is `free` now. Raises RecipeError for none."""
+    """Bytes that waiting prompts may hold: under `limit` in all, or 80 % of what is `free` now. Raises RecipeError for none."""
     if limit is None:
         return max(int(0.8 * free) - (needed.peak - IMPORTS), 0)
     if limit <= needed.peak:

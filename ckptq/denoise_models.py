@@ -25,7 +25,7 @@ SERVED = torch.bfloat16
 
 
 class PipelineModel(Blocks):
-    """One model of a pipeline. `blocks`: those that are read one by one, in the order in which they run; [] where all is read at once.
+    """One model of a pipeline. `blocks`: those that are read one by one, in the order in which they run; [] where it is read whole.
 
     `stacks`: names of the lists that hold the blocks. `head`: parameters that nobody reads, which stay on `meta`.
     """
@@ -71,7 +71,7 @@ class PipelineModel(Blocks):
                 self._tied.setdefault(alias[name], []).append(name)
         wanted |= {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
         placement = place(self.model, component, None) if self.from_transformers else None
-        for stored, tensor in component.tensors.items():
+        for stored in component.tensors:
             memory = placement.parameters[stored] if placement else stored
             memory = alias.get(memory, memory)
             if memory in self._dtypes or memory not in wanted or memory in head:
@@ -99,7 +99,7 @@ class PipelineModel(Blocks):
 def diffusers_model(
     component: Component, name: str, stacks: Iterable[str], reader: Reader, device: torch.device, ahead: int = 1
 ) -> PipelineModel:
-    """A denoiser, or with no stacks a VAE, of diffusers' class `name`. Raises UnsupportedError for a config it can't be built of."""
+    """A denoiser, or with no stacks a VAE, of diffusers' class `name`. Raises UnsupportedError for a config that suits it not."""
     import diffusers
 
     model = _built(getattr(diffusers, name), component.config, component.folder)
@@ -171,7 +171,7 @@ def _parameters_on_meta() -> Iterator[None]:
         blank = None if parameter is None else torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         plain(module, name, blank)
 
-    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -142,8 +142,8 @@ def _maker(cls: Any, given: Mapping[str, Any], device: torch.device) -> Callable
 def arguments(pipeline: Any, settings: PromptCalibration, sample: Sample, number: int) -> dict[str, Any]:
     """What the pipeline's `__call__` is given for a prompt: its own defaults for all that the settings leave open.
 
-    Noise comes from a generator on the CPU, so that it is the same on every device. Raises CalibrationError for a pipeline that needs
-    an image where there is none.
+    Noise comes from a generator on the CPU, so that it is the same on every device. Raises CalibrationError for a pipeline that
+    edits an image where there is none.
     """
     takes = inspect.signature(type(pipeline).__call__).parameters
     given: dict[str, Any] = {
@@ -167,7 +167,8 @@ def arguments(pipeline: Any, settings: PromptCalibration, sample: Sample, number
     if settings.frames is not None and "num_frames" in takes:
         given["num_frames"] = settings.frames
     if sample.image is not None and "image" in takes:
-        given["image"] = read_image(sample.image)
+        image = read_image(sample.image)
+        given["image"] = [image] if type(pipeline).__name__ == "GlmImagePipeline" else image
     elif any(word in type(pipeline).__name__ for word in EDITING):
         raise CalibrationError(
             f"{sample.name}: {type(pipeline).__name__} edits an image, and the prompt brings none",

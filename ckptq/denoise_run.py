@@ -1,9 +1,9 @@
 """Runs all prompts of a pipeline together, so that each of its models is read once for what all of them want of it next.
 
 Each prompt is the pipeline's own `__call__` in a greenlet. A model's forward does not run there: the call is noted, and a denoiser
-answers at once with a `Later`. Only when the pipeline computes with that, after the other guidance branch has been called too, does
-the prompt wait. Once all wait, the calls that were noted run, each in a greenlet of its own that stops before every block: one block
-is read, all calls pass it, the next is read. So prompts and guidance branches share a step, and no pipeline is rewritten for it.
+answers at once with a `Later`. Only when the pipeline computes with that, after the other guidance branch has been called too,
+does the prompt wait. Once all wait, the calls that were noted run, each in a greenlet of its own that stops before every block: one
+block is read, all calls pass it, the next is read. So prompts and guidance branches share a step, and no pipeline is rewritten.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from greenlet import getcurrent, greenlet
 from ckptq.checkpoint import SourceTensor
 from ckptq.denoise_models import PipelineModel
 from ckptq.waiting import held_bytes, tensors
-
 
 Look = Callable[[SourceTensor, torch.Tensor], None]
 """What is shown each stored tensor of a model as it is read."""

@@ -191,7 +191,7 @@ def stored_value(scale: Scale, amax: Mapping[Observer, float]) -> float:
                 f"{observer.name}: no calibration sample reached {observer.module}",
                 hint="add samples that use it, or keep the module in the recipe",
             )
-    value = fp8.scale(max(amax[o] for o in scale.amax), scale.limit)
+    value = fp8.scale(max((amax[o] for o in scale.amax), default=0.0), scale.limit)
     return _inverse(value) if scale.inverse else value
 
 

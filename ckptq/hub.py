@@ -14,8 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptq.checkpoint import INDEX, SINGLE, SPEAKERS, WEIGHT_COPIES, Header, read_header, read_index
+from ckptq.checkpoint import (
+    INDEX,
+    PIPELINE,
+    SINGLE,
+    SPEAKERS,
+    STEMS,
+    WEIGHT_COPIES,
+    Header,
+    component_names,
+    read_header,
+    read_index,
+)
 from ckptq.errors import CkptqError, OutputError, SourceError
+from ckptq.json_file import read_json
 from ckptq.safetensors_header import header_length, parse_header
 
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
@@ -69,8 +81,7 @@ def fetch(src: str, *, weights: bool = True) -> Source:
 def _fetch(repo: str, revision: str | None, weights: bool) -> Source:
     root = _snapshot(repo, revision, ignore=_NOT_AT_FIRST)
     label = f"{repo}@{root.name}"
-    weight_map = read_index(root)
-    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    files = _weight_files(root, repo)
     absent = [file for file in files if not (root / file).is_file()]
     if not weights:
         return Source(root, label, _header_reader(root, _remote_headers(repo, root.name, absent)))
@@ -80,6 +91,36 @@ def _fetch(repo: str, revision: str | None, weights: bool) -> Source:
         if not (root / file).is_file():
             raise _no_weights(label, file)
     return Source(root, label, read_header)
+
+
+def _weight_files(root: Path, repo: str) -> list[str]:
+    """The files that hold the model, or of a pipeline its components, relative to `root`."""
+    if not (root / PIPELINE).is_file():
+        weight_map = read_index(root)
+        return sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    index = read_json(root / PIPELINE)
+    found = []
+    for name in component_names(index if isinstance(index, dict) else {}):
+        indexed = next((m for stem in STEMS if (m := read_index(root / name, stem)) is not None), None)
+        if indexed is not None:
+            found += [f"{name}/{file}" for file in sorted(set(indexed.values()))]
+        else:
+            found += [file for stem in STEMS if _is_there(repo, root, file := f"{name}/{stem}.safetensors")][:1]
+    return found
+
+
+def _is_there(repo: str, root: Path, file: str) -> bool:
+    """Whether a repository has the file, at the commit that `root` is called after. Without a network: whether the cache has it."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if (root / file).is_file():
+        return True
+    try:
+        return HfApi().file_exists(repo, file, revision=root.name)
+    except (httpx.ConnectError, httpx.TimeoutException, OfflineModeIsEnabled):
+        return False
 
 
 def _snapshot(repo: str, revision: str | None, allow: list[str] | None = None, ignore: list[str] | None = None) -> Path:

@@ -11,9 +11,10 @@ from ckptq.console import Console
 from ckptq.errors import UnsupportedError
 from ckptq.reports import Asked, Outcome, groups
 from ckptq.spelled import load_scope
-from ckptq.validate import Checked, Validation, examine
+from ckptq.validate import Checked, Validation, examine, is_diffusion
 from ckptq.validators import servers, vllm_findings, vllm_load
 from ckptq.validators.grouping import group
+from ckptq.validators.servers import OMNI
 
 
 def rules(asked: Asked, python: Path) -> servers.Server:
@@ -30,6 +31,11 @@ def judge(checkpoint: str, asked: Asked, python: Path, console: Console) -> Outc
     scope = load_scope(asked.scope) if asked.scope is not None else None
     opened = hub.fetch(checkpoint, weights=asked.values or asked.load or asked.source is not None)
     origin = hub.fetch(asked.source, weights=True).root if asked.source else None
+    if is_diffusion(opened.root) and (asked.load or asked.vllm or scope):
+        option = "--load" if asked.load else "--vllm" if asked.vllm else "--scope"
+        raise UnsupportedError(
+            f"{option} is for language models: a diffusion pipeline is judged by the rules of vLLM-Omni {OMNI.version}"
+        )
     try:
         found = examine(
             opened.root,
@@ -41,6 +47,7 @@ def judge(checkpoint: str, asked: Asked, python: Path, console: Console) -> Outc
             tp=asked.tp,
             ep=asked.ep,
             scope=scope,
+            target=asked.target,
         )
     except UnsupportedError as unknown:
         if not asked.load:
@@ -49,10 +56,11 @@ def judge(checkpoint: str, asked: Asked, python: Path, console: Console) -> Outc
         found = Validation((alone,), (), dict.fromkeys(groups(), "no rules for this checkpoint"), None)
     skipped = {what: why for what, why in found.skipped.items() if what != "server"}
     if not asked.load:
-        skipped["server"] = "needs --load"
+        skipped["server"] = "needs --load" if found.rules is None else "not asked about diffusion pipelines"
         return Outcome(
-            checkpoint, asked, found.findings, found.checked, skipped, opened.label, None, found.built, scope=found.scope
-        )
+            checkpoint, asked, found.findings, found.checked, skipped, opened.label, None, found.built,
+            scope=found.scope, judged_by=found.rules,
+        )  # fmt: skip
     start = time.monotonic()
     with console.stage("server", 1) as advance:
         served = vllm_load.load(opened.root, python, generate=asked.generate, scope=scope)

@@ -55,7 +55,8 @@ def find_linears(component: Component, scope: Scope) -> LanguageModel:
         if at[0] >= layers:
             raise SourceError(
                 f"{name}: stored, but config.json has num_hidden_layers {layers}",
-                hint="where the server passes it over, an MTP head say, a scope that says so under `skipped` carries it over",
+                hint="where the server passes it over, an MTP head say, a scope that says so under `skipped` carries it over: "
+                "`ckptq inspect SRC` prints one, a recipe takes it under `scope:`",
             )
         if at[1].endswith(".weight"):
             found[at[0], module_of(at[1])] = module_of(name)

@@ -174,7 +174,7 @@ class Output:
         """Writes the scales of whole tensors, when all else is written, and lets the file go to the disk."""
         for op in self._shard.ops:
             if isinstance(op, Scale):
-                data = raw(torch.tensor([stored_value(op, amax)], dtype=torch.float32))
+                data = raw(torch.full((op.output.numel,), stored_value(op, amax), dtype=torch.float32))
                 self._file.write(op.output.name, 0, data)
                 self._parts[op.output.name] = [digest.of_bytes(op.output.dtype, data)]
         digests = self._digests | {name: digest.join(found) for name, found in self._parts.items()}

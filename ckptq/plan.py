@@ -45,7 +45,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """One float32 scale, F32 [] or [1]: the largest of `amax`, divided by `limit`. `inverse` stores limit / amax instead."""
+    """One float32 scale, in every place of `output`: the largest of `amax`, divided by `limit`; 1 where `amax` is empty or zero.
+
+    `inverse` stores limit / amax instead.
+    """
 
     amax: tuple[Observer, ...]
     limit: float

@@ -71,6 +71,8 @@ def build_denoiser_plan(
         )
     quantized_names = {module for group in groups for module in group.modules}
     kept = tuple(f.runtime for f in blocks.linears if not quantized_names & set(f.modules))
+    if exporter.PATTERNS:
+        kept = tuple(_alone(name, blocks) for name in kept)
     layout = Layout(
         groups,
         kept_parts=(),
@@ -79,8 +81,8 @@ def build_denoiser_plan(
         kv_cache=None,
         server="vllm-omni",
     )
-    names = _written_names(component, denoiser, form)
-    plan = assemble(component, layout, {}, exporter, recipe.export, decisions, lambda name: names.get(name, name))
+    renamed = denoiser.renamed if _is_renamed(component, denoiser, form) else {}
+    plan = assemble(component, layout, {}, exporter, recipe.export, decisions, lambda name: _written(name, renamed))
     return sealed(dataclasses.replace(plan, layer_count=blocks.count))
 
 
@@ -194,20 +196,24 @@ def _listed(inventory: Inventory, component: Component, denoiser: Denoiser, patt
     return (*inside, *outside, *(encoder.names(config) if encoder else ()), *dict.fromkeys(kept))
 
 
+def _alone(name: str, blocks: Blocks) -> str:
+    """The entry that reaches this linear and no other. A plain name also reaches those that it is a part of.
+
+    vLLM 0.32.0 layers/quantization/modelopt.py ModelOptQuantConfigBase.is_layer_excluded.
+    """
+    part = any(name in fused.runtime and name != fused.runtime for fused in blocks.linears)
+    return f"{name[:-1]}[{name[-1]}]" if part else name
+
+
 def _is_renamed(component: Component, denoiser: Denoiser, form: str) -> bool:
     return form == "modelopt" and component.folder in denoiser.adapted
 
 
-def _written_names(component: Component, denoiser: Denoiser, form: str) -> dict[str, str]:
-    """{stored tensor: what the output calls it} of those that change."""
-    if not _is_renamed(component, denoiser, form):
-        return {}
-    found: dict[str, str] = {}
-    for name in component.tensors:
-        for theirs, ours in denoiser.renamed.items():
-            if (part := f".{theirs}.") in f".{name}.":
-                found[name] = f".{name}.".replace(part, f".{ours}.").strip(".")
-    return found
+def _written(name: str, renamed: Mapping[str, str]) -> str:
+    """What the output calls a tensor: a stored one, or one that is added."""
+    for theirs, ours in renamed.items():
+        name = f".{name}.".replace(f".{theirs}.", f".{ours}.").strip(".")
+    return name
 
 
 def _named(component: Component) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ckptq import cost, hub, quantized, reuse, validate
 from ckptq.checkpoint import Component, Inventory, read_inventory
 from ckptq.cost import Cost
-from ckptq.denoise_cost import Reads, reads
+from ckptq.denoise_cost import Reads, reads, refuse_unrunnable
 from ckptq.errors import RecipeError, UnsupportedError
 from ckptq.exporters import find_exporter
 from ckptq.mistakes import close
@@ -119,9 +119,7 @@ def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
         parts: tuple[Part, ...] = (Part(inventory.main, scope, plan),)
         findings = validate.validate_plan(plan, scope)
     else:
-        parts = tuple(_parts(recipe, inventory))
-        if not parts:
-            raise RecipeError("the recipe converts nothing: every component that it names stays")
+        parts = plan_parts(recipe, inventory)
         findings = [finding for part in parts for finding in _findings(part, inventory)]
     reused = reuse.read_amax(amax) if amax is not None else None
     if reused is not None:
@@ -133,21 +131,21 @@ def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
     else:
         needs = Cost(resident=0, layer=0, sample=0, passing=0, samples=0, tokens=0, flops=0.0)
         if calibrates:
-            told = _reads(recipe, inventory)
+            told = _reads(recipe, inventory, parts)
     return Prepared(recipe, source, inventory, parts, needs, tuple(findings), reused, told)
 
 
-def _reads(recipe: Recipe, inventory: Inventory) -> Reads:
-    """What running the denoisers takes. Raises RecipeError for samples that are no prompts."""
+def _reads(recipe: Recipe, inventory: Inventory, parts: tuple[Part, ...]) -> Reads:
+    """What running the denoisers takes. Raises RecipeError for samples that are no prompts, UnsupportedError for what can't run."""
+    for part in parts:
+        if part.plan.calibrated and isinstance(part.scope, Denoiser):
+            refuse_unrunnable(inventory.pipeline, part.scope)
     if not isinstance(recipe.calibration, PromptCalibration):
         raise RecipeError(
             f"calibration.source {recipe.calibration.source}: a denoiser is calibrated on prompts",
             hint="add `calibration: {source: prompts}`, or take a scheme with dynamic activations",
         )
-    pipeline = inventory.pipeline["_class_name"] if inventory.pipeline else None
-    found = [(component, find_denoiser(component.config, pipeline)) for component in inventory.components]
-    denoisers = [(component, denoiser) for component, denoiser in found if denoiser]
-    return reads([*denoisers], [component for component, denoiser in found if denoiser is None], recipe.calibration)
+    return reads(inventory, recipe.calibration)
 
 
 def _refuse_other_kind(recipe: Recipe, inventory: Inventory) -> None:
@@ -189,6 +187,15 @@ def _dense(recipe: Recipe, inventory: Inventory) -> Inventory:
     one = (dataclasses.replace(inventory, components=(c,)) for c in inventory.components)
     components = (quantized.dense(i).main if i.main.folder in converted and quantized.describe(i.main) else i.main for i in one)
     return dataclasses.replace(inventory, components=tuple(components))
+
+
+def plan_parts(recipe: Recipe, inventory: Inventory) -> tuple[Part, ...]:
+    """The components that a recipe converts, or a root checkpoint's denoiser. Raises a CkptqError for what can't be."""
+    _refuse_other_kind(recipe, inventory)
+    parts = tuple(_parts(recipe, inventory))
+    if not parts:
+        raise RecipeError("the recipe converts nothing: every component that it names stays")
+    return parts
 
 
 def _parts(recipe: Recipe, inventory: Inventory) -> Iterator[Part]:

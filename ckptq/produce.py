@@ -22,6 +22,7 @@ from ckptq.plan import Copy, Observer, Scale, ShardSpec
 from ckptq.prepare import Part, Prepared
 from ckptq.scopes import Scope
 from ckptq.scopes.denoisers import Denoiser
+from ckptq.sections import PromptCalibration
 from ckptq.validators import Finding
 
 Table = dict[str, float]
@@ -43,7 +44,7 @@ def produce(
     """
     device = record["device"]
     if job.calibrates and not isinstance(job.parts[0].scope, Scope):
-        _calibrate_denoisers(job, journal, device, console, memory)
+        _calibrate_denoisers(job, samples, journal, device, console, memory)
     tables: dict[str, Table] = {}
     digests: dict[str, dict[str, str]] = {}
     for part in job.parts:
@@ -112,27 +113,38 @@ def _known(job: Prepared, part: Part, journal: Journal) -> Table | None:
     return journal.load(_key(part, "activations")) if job.reused is None else job.reused.table(part.folder, part.plan)
 
 
-def _calibrate_denoisers(job: Prepared, journal: Journal, device: str, console: Console, memory: int | None) -> None:
-    """All denoisers of the pipeline together, since they share its steps: Wan 2.2 has one for each half of them."""
+def _calibrate_denoisers(
+    job: Prepared, samples: list[Sample], journal: Journal, device: str, console: Console, memory: int | None
+) -> None:
+    """All denoisers of the pipeline together, since they share its steps: Wan 2.2 has two, each for some of them."""
     import torch
 
     from ckptq.denoise import DenoiserPart, measure
 
-    parts = [part for part in job.parts if part.plan.calibrated and isinstance(part.scope, Denoiser)]
-    if all(journal.load(_key(part, "activations")) is not None for part in parts):
+    wanted = [part for part in job.parts if part.plan.calibrated]
+    if all(journal.load(_key(part, "activations")) is not None for part in wanted):
         return
+    parts = []
     with ExitStack() as readers:
-        observed = [
-            DenoiserPart(
-                job.inventory.component(part.folder),
-                part.scope,
-                tuple(o for o in part.plan.observers if o.kind != "weight"),
-                readers.enter_context(Reader(job.source.root, job.inventory.component(part.folder))),
-            )
-            for part in parts
-        ]
-        found = measure(job.source.root, observed, job.recipe.calibration, torch.device(device), console, memory=memory)
-    for part in parts:
+        for part in wanted:
+            assert isinstance(part.scope, Denoiser)
+            component = job.inventory.component(part.folder)
+            reader = readers.enter_context(Reader(job.source.root, component))
+            observers = tuple(o for o in part.plan.observers if o.kind == "input")
+            parts.append(DenoiserPart(component, part.scope, observers, reader))
+        settings = job.recipe.calibration
+        assert isinstance(settings, PromptCalibration)
+        found = measure(
+            job.source.root,
+            parts,
+            settings,
+            torch.device(device),
+            console,
+            memory=memory,
+            samples=samples,
+            inventory=job.inventory,
+        )
+    for part in wanted:
         journal.save(_key(part, "activations"), found[part.folder])
 
 

@@ -16,6 +16,7 @@ from ckptq.checkpoint import FLOATS, Codes, Component, Inventory, SourceTensor, 
 from ckptq.config_text import remove_section
 from ckptq.errors import CkptqError, RecipeError, SourceError, UnsupportedError
 from ckptq.folder import printable
+from ckptq.unjoin import unjoin
 from ckptq.validators.scales import DTYPES, block_of, find_grid
 
 FP8 = "F8_E4M3"
@@ -84,7 +85,7 @@ def dense(inventory: Inventory) -> Inventory:
     """
     if not any(describe(component) for component in inventory.components):
         raise RecipeError("--from-fp8: the source is not quantized, so there is nothing to dequantize", hint="leave --from-fp8 out")
-    components = tuple(_dense(component) if describe(component) else component for component in inventory.components)
+    components = tuple(unjoin(_dense(component)) if describe(component) else component for component in inventory.components)
     return dataclasses.replace(inventory, components=components, files=tuple(f for f in inventory.files if f not in _FILES))
 
 

@@ -29,7 +29,7 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
     An architecture without a scope, or a checkpoint that a recipe does not fit, is shown all the same, with the reason.
     """
     component = inventory.main
-    recipes = {recipe: load_recipe(recipe)} if recipe else {name: parse_recipe(text, name) for name, text in shipped().items()}
+    recipes = {recipe: load_recipe(recipe)} if recipe else _for_plain_models()
     spelled = recipes[recipe].scope if recipe else None
     proposal, unproposed = "", ""
     try:
@@ -37,6 +37,7 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
     except UnsupportedError as error:
         scope, reason = None, str(error)
         proposal, unproposed = _proposal(inventory)
+    proposal = proposal or (_extended(scope, component) if scope and not spelled else "")
     parts: dict[str, dict[str, Any]] = {}
     for name, tensor in component.tensors.items():
         part = parts.setdefault(_part(scope, name), {"tensors": 0, "parameters": 0, "bytes": 0, "dtypes": {}})
@@ -63,6 +64,11 @@ def inspect_data(inventory: Inventory, recipe: str | None) -> dict[str, Any]:
     }
 
 
+def _for_plain_models() -> dict[str, Recipe]:
+    parsed = {name: parse_recipe(text, name) for name, text in shipped().items()}
+    return {name: recipe for name, recipe in parsed.items() if not recipe.components}
+
+
 def _family(recipe: str) -> str | None:
     """The scope that a shipped recipe is for: the one whose name begins most like the recipe's, `qwen3_moe` of `qwen3-moe-fp8`.
 
@@ -87,6 +93,14 @@ def _proposal(inventory: Inventory) -> tuple[str, str]:
         return as_yaml(propose(inventory.root / inventory.main.folder, inventory.main)), ""
     except UnsupportedError as error:
         return "", str(error)
+
+
+def _extended(scope: Scope, component: Component) -> str:
+    """The family's scope as YAML, with what is stored beside the model under `skipped`; "" where nothing is."""
+    from ckptq.proposals import as_yaml, with_skipped
+
+    proposal = with_skipped(scope, component)
+    return as_yaml(proposal) if proposal else ""
 
 
 def _part(scope: Scope | None, tensor: str) -> str:

@@ -63,25 +63,29 @@ def _scope(part: Part) -> str | None:
 
 def show_plan(console: Console, job: Prepared) -> None:
     """`--dry-run`: what becomes what, by which rule, and what it takes."""
+    facts: list[tuple[str, str]] = []
     for part in job.parts:
         title = "What becomes what" + (f" in {part.folder}" if part.folder else "")
         console.table(title, ("modules", "become", "because of", "count"), grouped(part.plan.decisions), right=(3,))
-        console.table("", ("", ""), _part_facts(part))
-    facts = [("stays", kept(job))] if job.inventory.pipeline is not None else []
-    facts.append(("output", f"{size(job.output_bytes)} in all, format {job.recipe.export.format}"))
+        facts = _part_facts(part, job)
+        if job.inventory.pipeline is not None:
+            console.table("", ("", ""), facts)
+    if job.inventory.pipeline is not None:
+        facts = [("stays", kept(job)), ("output", f"{size(job.output_bytes)} in all")]
     facts += _cost_facts(job)
     facts.append(("layout check", verdict(job.findings)))
     console.table("", ("", ""), facts)
     show_findings(console, job.findings)
 
 
-def _part_facts(part: Part) -> list[tuple[str, str]]:
+def _part_facts(part: Part, job: Prepared) -> list[tuple[str, str]]:
     plan, source = part.plan, part.component
     scope = f", scope {part.scope.name}" if part.scope else ""
+    form = f", format {job.recipe.export.format}" if part.scope else ""
     return [
         ("source", f"{size(source.stored_bytes)} in {_files(len(source.weight_files))}{scope}"),
         *([("from FP8", "; ".join(source.dequantized))] if source.dequantized else []),
-        ("becomes", f"{size(plan.nbytes)} in {_files(len(plan.shards))}"),
+        ("output", f"{size(plan.nbytes)} in {_files(len(plan.shards))}{form}"),
         ("config.json", "; ".join(plan.config_changes) + "; otherwise as it is"),
         *([("carried over", carried(plan.carried))] if plan.carried else []),
         *([("renamed", renamed(plan.renamed))] if plan.renamed else []),

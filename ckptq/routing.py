@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Tokens = Mapping[str, Sequence[int]]
@@ -18,6 +18,13 @@ def unreached(tokens: Tokens) -> dict[str, list[int]]:
 def recorded(tokens: Tokens) -> dict[str, Any]:
     """What ckptq.json keeps."""
     return {"tokens": {name: list(counts) for name, counts in tokens.items()}, "unreached": unreached(tokens)}
+
+
+def idle(job_scopes: Iterable[object]) -> str:
+    """What to say of `calibration.all_experts`, which is set; "" where any of these scopes has routed experts."""
+    if any(getattr(scope, "experts", None) is not None for scope in job_scopes):
+        return ""
+    return "calibration.all_experts does nothing here: this model has no routed experts"
 
 
 def warning(tokens: Tokens, *, all_experts: bool) -> str:

@@ -85,6 +85,18 @@ _ALL = (
     Scheme("nvfp4a16", "nvfp4", "U8", 2, 1, 16, "F8_E4M3", 2688.0, "none", "NVFP4, weights alone"),
     Scheme("mxfp8", "mxfp8", "F8_E4M3", 1, 1, 32, "U8", None, "dynamic", "MXFP8, dynamic activations"),
     Scheme("mxfp4", "mxfp4", "U8", 2, 1, 32, "U8", None, "dynamic", "MXFP4, dynamic activations"),
+    Scheme(
+        "mxfp4-dualscale",
+        "mxfp4_dualscale",
+        "F8_E4M3",
+        1,
+        1,
+        512,
+        "F32",
+        None,
+        "dynamic",
+        "MXFP4 under two scales, dynamic activations",
+    ),
 )
 # fmt: on
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({scheme.name: scheme for scheme in _ALL})

@@ -58,7 +58,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-SchemeName = Literal["fp8", "fp8-tensor", "fp8-dynamic", "fp8-block", "int8", "nvfp4", "nvfp4a16", "mxfp8", "mxfp4"]
+SchemeName = Literal[
+    "fp8", "fp8-tensor", "fp8-dynamic", "fp8-block", "int8", "nvfp4", "nvfp4a16", "mxfp8", "mxfp4", "mxfp4-dualscale"
+]  # fmt: skip
 
 
 class Rule(Section):
@@ -205,7 +207,7 @@ SOURCES: Mapping[str, type[Section]] = {
 class Export(Section):
     """How the output is stored."""
 
-    format: Literal["modelopt", "compressed-tensors", "fp8"] = "modelopt"
+    format: Literal["modelopt", "compressed-tensors", "fp8", "int8", "mxfp8", "mxfp4-dualscale"] = "modelopt"
     shard_size: Size = 5 * 10**9
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -9,21 +10,24 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ckptq.checkpoint import STAGING, Header, Inventory, read_header, read_inventory
+from ckptq.checkpoint import PIPELINE, STAGING, Header, Inventory, read_config, read_header, read_inventory
 from ckptq.console import Advance, Console, Unit
-from ckptq.errors import SourceError
+from ckptq.errors import SourceError, UnsupportedError
 from ckptq.json_file import read_json
 from ckptq.plan import Plan
 from ckptq.quantized import dense_if_fp8
 from ckptq.scopes import Scope
+from ckptq.scopes.denoisers import find_denoiser
 from ckptq.spelled import scope_to_validate
 from ckptq.unstack import refuse_stacked, unstack
 from ckptq.validators import Finding, Stored, configs, dtypes, files, kv, layout, parallel, record, strays
 from ckptq.validators.expected import Expected, expect
 from ckptq.validators.grouping import group
-from ckptq.validators.servers import DEFAULT, Server
+from ckptq.validators.servers import DEFAULT, Rules, Server
+
+Target = Literal["auto", "vllm", "vllm-omni"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Validation:
     skipped   {group of checks that did not run: why}. The groups are what codes begin with
     built     what the server will build (`figures`), or None where the configs don't say
     scope     (name of the scope that it was judged by, where that comes from: "ckptq", "--scope", "ckptq.json")
+    rules     whose, where they are not those of the vLLM that was asked for
     """
 
     findings: tuple[Finding, ...]
@@ -52,6 +57,7 @@ class Validation:
     skipped: Mapping[str, str]
     built: Mapping[str, Any] | None
     scope: tuple[str, str] | None = None
+    rules: Rules | None = None
 
 
 def validate_plan(plan: Plan, scope: Scope) -> list[Finding]:
@@ -81,23 +87,40 @@ def examine(
     tp: int = 1,
     ep: bool = False,
     scope: Scope | None = None,
+    target: Target = "auto",
 ) -> Validation:
     """Looks for what is wrong with the checkpoint in `folder`.
 
     `source` is the checkpoint that it was made from; without it passthrough is left out. `staged`: the folder is the inside of an
     unfinished job, looked at before it is published. `copied`: tensors whose digest in ckptq.json was taken of the source's bytes;
     where it is the file's, too, nothing is left to compare, and of quantized tensors a sample is. `header` reads the header of a
-    weight file, where it may lie elsewhere. `scope`: one that is spelled out, in place of ckptq's own.
-    Raises SourceError for a folder that can't be read or is an unfinished conversion, UnsupportedError where no scope fits, or
-    routed experts are stored together.
+    weight file, where it may lie elsewhere. `scope`: one that is spelled out, in place of ckptq's own. `target`: who is to serve
+    it; `auto` is vLLM-Omni for a diffusion pipeline and vLLM for all else.
+    Raises SourceError for a folder that can't be read or is an unfinished conversion, UnsupportedError where no scope fits, routed
+    experts are stored together, or the target serves no such thing.
     """
+    if is_diffusion(folder):
+        from ckptq.validate_pipeline import examine_pipeline
+
+        if target == "vllm":
+            raise UnsupportedError("--target vllm: this is a diffusion pipeline, which vLLM-Omni serves", hint="leave --target out")
+        return examine_pipeline(
+            folder,
+            source=source,
+            values=values,
+            passthrough=passthrough,
+            staged=staged,
+            copied=copied,
+            progress=progress,
+            header=header,
+        )
     refuse_unfinished(folder, staged=staged)
     inventory = read_inventory(folder, header, strict=False)
     main = inventory.main
     scope, whence = scope_to_validate(main.config, scope, lambda: record.body(folder))
     refuse_stacked(main, scope)
     tensors = {name: tensor.spec for name, tensor in main.tensors.items()}
-    stages = _Stages(progress or Console(quiet=True))
+    stages = Stages(progress or Console(quiet=True))
     with stages.run("layout", len(tensors), "tensors") as advance:
         other, unreadable = _other_config(folder, idle=isinstance(main.config.get("quantization_config"), dict))
         findings, at = _layout(Stored(main.config, other, tensors, unreadable), scope, server=server, tp=tp, ep=ep)
@@ -131,12 +154,30 @@ def examine(
         "parallel": unbuilt if tp > 1 or ep else "needs --tp N or --ep",
     }
     skipped = {what: why for what, why in skipped.items() if why}
+    findings = [_talked(f) for f in findings] if target == "vllm-omni" else findings
     built = figures(at) if at else None
     return Validation(tuple(group(findings)), tuple(stages.ended), skipped, built, (scope.name, whence))
 
 
+def is_diffusion(folder: Path) -> bool:
+    """Whether it is a diffusion pipeline, or a root checkpoint that vLLM-Omni takes for one."""
+    if (folder / PIPELINE).is_file():
+        return True
+    try:
+        return find_denoiser(read_config(folder)[1], None) is not None
+    except (SourceError, OSError):
+        return False
+
+
+def _talked(finding: Finding) -> Finding:
+    """vLLM passes a talker over; vLLM-Omni builds it as a stage of its own, with the same quantization config."""
+    said = finding.code == "layout.draft-not-excluded" and finding.subject.startswith("talker.")
+    effect = "vLLM-Omni builds the talker with the same configuration and casts it to codes, silently: the speech is noise"
+    return dataclasses.replace(finding, severity="error", effect=effect) if said else finding
+
+
 @dataclass(slots=True)
-class _Stages:
+class Stages:
     """Stages as the user sees them, and those that ended."""
 
     console: Console

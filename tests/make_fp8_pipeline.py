@@ -44,7 +44,7 @@ def quantize(
     rename: Callable[[str], str] = lambda name: name,
 ) -> list[str]:
     """In place, every linear of the component that the regular expression `linears` matches whole; their written names."""
-    path = next(folder.glob("*.safetensors"))
+    path = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     done: list[str] = []
     out: Tensors = {}
     for name, tensor in load_file(path).items():

@@ -61,7 +61,7 @@ WORTH_A_WORD: Mapping[str, tuple[str, ...]] = {
     ),
     "config.section-missing": ("no quantization settings", "hf_quant_config.json alone"),
     "layout.weight-dtype": ("codes under another type", "packed codes under another type"),
-    "layout.stray-scale": ("input_scale missing",),
+    "layout.stray-scale": ("input_scale missing", "expert's input_scale missing"),
     "layout.scale-dtype": (
         "scales a row in another shape",
         "block scales in another shape",
@@ -70,7 +70,7 @@ WORTH_A_WORD: Mapping[str, tuple[str, ...]] = {
         "amax in place of an activation's scale",
     ),
     "layout.unknown-tensor": ("bias missing", "scale zero", "expert under another name"),
-    "layout.missing-scale": ("input_scale missing",),
+    "layout.missing-scale": ("input_scale missing", "expert's scale of the whole tensor missing"),
     "layout.draft-not-excluded": ("tower not excluded",),  # a talker, which other servers build
     "layout.kv-shared": ("deprecated kv_scale",),
     "layout.kv-undeclared": ("kv scheme",),

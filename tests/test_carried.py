@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from corpus.edit import put, rename, tensors
+from corpus.edit import drop, put, rename, tensors
 from corpus.edit_files import config, ignoring
+from families import families
 from peers.answers import trace
 from safetensors import safe_open
 from unscoped import make, recipe
@@ -24,6 +25,7 @@ from ckptq.convert import Prepared, convert, prepare
 from ckptq.errors import DataError, SourceError
 from ckptq.proposals import as_yaml, propose
 from ckptq.recipe import load_recipe
+from ckptq.render import inspect_data
 from ckptq.validate import examine, validate_plan
 from ckptq.validators.vllm_load import served
 
@@ -221,3 +223,38 @@ def test_a_misspelled_name_is_still_an_error(edit: Edit, problem: str, source: P
         run(job(folder, tmp_path / "job", scope))
     assert problem in str(refused.value)
     assert not (tmp_path / "job/out").exists()
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3, which has a scope of ckptq's, with a head of a draft model and a layer after the last. Read only."""
+    folder = tmp_path_factory.mktemp("shipped") / "qwen3"
+    folder.mkdir()
+    families()["qwen3"].make(folder)
+    put({f"{at}input_layernorm.weight": torch.ones(64).bfloat16() for at in ("mtp.layers.0.", "model.layers.2.")})(folder)
+    return folder
+
+
+def test_a_family_that_is_shipped_is_refused_with_what_to_do(shipped: Path, tmp_path: Path) -> None:
+    """vLLM's own classes raise at such names: tests/corpus/mutants_plain.py has both."""
+    settings = [f"model={shipped}", f"output={tmp_path / 'out'}"]
+    with pytest.raises(SourceError, match=r"2\.input_layernorm\.weight: stored, but config.json has num_hidden_layers 2") as layer:
+        prepare(load_recipe("qwen3-fp8-dynamic", settings))
+    assert "`ckptq inspect SRC` prints one" in str(layer.value.hint)
+    heads = Path(shutil.copytree(shipped, tmp_path / "heads"))
+    drop("model.layers.2.*")(heads)
+    with pytest.raises(DataError, match=r"layout\.unknown-tensor: mtp\.layers\.0\.input_layernorm") as head:
+        run(prepare(load_recipe("qwen3-fp8-dynamic", [f"model={heads}", *settings[1:]])))
+    assert "under `skipped`: `ckptq inspect SRC` prints that scope" in str(head.value)
+
+
+def test_the_scope_that_inspect_prints_for_it_carries_them_over(shipped: Path, tmp_path: Path) -> None:
+    proposal = inspect_data(read_inventory(shipped), None)["proposal"]
+    assert "skipped: [model.layers.2., mtp.]" in proposal
+    out = run(job(shipped, tmp_path / "job", proposal))
+    carried = ["model.layers.2.input_layernorm.weight", "mtp.layers.0.input_layernorm.weight"]
+    assert json.loads((out / "ckptq.json").read_text())["carried"] == carried
+
+
+def test_nothing_is_printed_for_a_family_that_has_no_such_tensors(example_model: Path) -> None:
+    assert inspect_data(read_inventory(example_model), None)["proposal"] is None

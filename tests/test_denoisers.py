@@ -1,39 +1,64 @@
-"""Denoisers' scopes against tiny pipelines of the real classes, and against what the real vLLM-Omni builds of them."""
+"""Denoisers' scopes and recipes against tiny pipelines of the real classes, and against what the real vLLM-Omni makes of them.
+
+    python tests/test_denoisers.py
+
+writes the golden files anew.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ckptq.checkpoint import Component, Inventory, read_inventory
-from ckptq.plan import module_of
-from ckptq.scopes import Fused
-from ckptq.scopes.denoisers import Denoiser, all_denoisers, find_denoiser
+from folded import folded
 from pipelines import pipelines
 from server import omni
 
+from ckptq import __version__
+from ckptq.checkpoint import Component, Inventory, read_inventory
+from ckptq.exporters import find_exporter
+from ckptq.plan import Copy, module_of
+from ckptq.plan_denoiser import build_denoiser_plan, written_component
+from ckptq.prepare import prepare
+from ckptq.recipe import Recipe, load_recipe, shipped
+from ckptq.scopes import Fused
+from ckptq.scopes.denoisers import Denoiser, all_denoisers, find_denoiser
+from ckptq.sections import Treatment
+
 PIPELINES = pipelines()
+
+
+def pipeline_of(recipe: str) -> str | None:
+    """The one that a recipe's name begins with: `qwen_image` of qwen-image-int8."""
+    return max((name for name in PIPELINES if recipe.replace("-", "_").startswith(f"{name}_")), key=len, default=None)
+
+
 EMBEDDINGS = ("prior_token_embedding", "time_text_embed.addition_t_embedding")
 """Matrices that no linear multiplies by."""
+GOLDEN = Path(__file__).parent / "data/pipelines"
+DEPTH = {"qwen-image-fp8": 60, "qwen-image-edit-fp8": 60, "z-image-fp8": 30}
+"""Layers of the published models, where a recipe keeps some of them by number."""
+RECIPES = {name: pipeline_of(name) for name, text in shipped().items() if pipeline_of(name)}
 NOTHING_IGNORED = {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": []}
 
-Made = Callable[[str], Path]
+Made = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """source(pipeline) -> its folder, made once."""
+    """source(pipeline) -> its folder, made once; source(pipeline, layers) -> one of that many."""
     root = tmp_path_factory.mktemp("pipelines")
 
-    def made(name: str) -> Path:
-        folder = root / name
+    def made(name: str, layers: int | None = None) -> Path:
+        folder = root / name if layers is None else root / f"{name}-{layers}"
         if not folder.exists():
-            PIPELINES[name].make(folder)
+            PIPELINES[name].make(folder, **({} if layers is None else {"layers": layers}))
         return folder
 
     return made
@@ -129,9 +154,12 @@ def test_the_server_builds_what_the_scope_says(name: str, folder: str, source: M
     optional = {f"{s.called(i)}.{o}" for s in denoiser.stacks for i in range(s.count(component.config)) for o in s.optional}
     assert there.keys() <= (said := runtime(denoiser, component.config))
     assert said - there.keys() <= optional
+    modules = {f"{s.called(i)}.": f"{s.prefix}.{i}." for s in denoiser.stacks for i in range(s.count(component.config))}
     for prefix, module in there.items():
-        end = next((end for end in denoiser.modules if prefix.endswith("." + end)), None)
-        assert module == (prefix if end is None else prefix.removesuffix(end) + denoiser.modules[end])
+        start = next((start for start in modules if prefix.startswith(start)), "")
+        end = next((end for end in denoiser.modules if prefix.endswith("." + end)), "")
+        middle = prefix.removeprefix(start).removesuffix(end)
+        assert module == modules.get(start, "") + middle + denoiser.modules.get(end, "")
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -139,11 +167,9 @@ def test_the_server_builds_text_encoders_so_as_the_scope_says(name: str, source:
     denoiser, _, inventory = found(source(name), PIPELINES[name].denoisers[0])
     others = {f: c for f, c in built[name].components.items() if f not in PIPELINES[name].denoisers}
     there = {linear.prefix for component in others.values() for linear in component.quantized.values()}
-    encoder = (
-        denoiser.encoder
-        if denoiser.encoder and (inventory.pipeline or {}).get("_class_name") in denoiser.encoder.pipelines
-        else None
-    )
+    encoder = denoiser.encoder
+    if encoder and (inventory.pipeline or {})["_class_name"] not in encoder.pipelines:
+        encoder = None
     assert there == ({*encoder.names(config_of(source(name), encoder.folder))} if encoder else set())
     if encoder:
         assert all(any(fnmatchcase(linear, pattern) for pattern in encoder.patterns) for linear in there)
@@ -152,3 +178,65 @@ def test_the_server_builds_text_encoders_so_as_the_scope_says(name: str, source:
 def config_of(folder: Path, component: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / component / "config.json").read_text())
     return found
+
+
+@pytest.mark.parametrize(("name", "folder"), PARTS)
+def test_an_entry_keeps_one_linear_alone(name: str, folder: str, source: Made) -> None:
+    """ModelOpt's lists: an entry counts as it is, as a part of a name, and as a pattern. vLLM's modelopt.py is_layer_excluded."""
+    denoiser, stored, inventory = found(source(name), folder)
+    component, exporter = written_component(stored, denoiser, "modelopt"), find_exporter("modelopt")
+    every = runtime(denoiser, component.config)
+    kept = {e for e in every if reaches(denoiser.ignore, e)}
+    joined = {parts: (whole,) for whole, parts in denoiser.joined.items()}
+    blocks = [(s, i) for s in denoiser.stacks for i in range(s.count(component.config))]
+    assert kept == {f"{s.called(i)}.{one.runtime}" for s, i in blocks for one in s.kept} | {one.runtime for one in denoiser.kept}
+    for stack, one in dict.fromkeys((s, one.runtime) for s in denoiser.stacks for one in s.linears):
+        linear = f"{stack.called(0)}.{one}"
+        names = [joined.get(x.shards, x.shards) for x in stack.linears if x.runtime == one]
+        keep = [f"{stack.prefix}.0.{shard}".replace("{e}", "*") for shards in names for shard in shards]
+        if not any(fnmatchcase(module_of(n), keep[0]) for n in component.tensors):
+            assert one in stack.optional
+            continue
+        rules = Treatment(scheme=denoiser.formats["modelopt"][-1], keep=keep)
+        plan = build_denoiser_plan(Recipe(components={"": rules}), rules, inventory, component, denoiser, exporter)
+        entries = json.loads(plan.files["config.json"])["quantization_config"]["ignore"]
+        assert {e for e in every if reaches(entries, e)} - kept == {linear}
+
+
+def reaches(entries: Iterable[str], name: str) -> bool:
+    return any(entry in name or fnmatch(name, entry) for entry in entries)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_golden_keys(name: str, source: Made) -> None:
+    assert described(name, source(RECIPES[name], DEPTH.get(name))) == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_golden_files_are_those_of_the_recipes() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == RECIPES.keys()
+
+
+def described(name: str, folder: Path) -> str:
+    """Of each component that a recipe converts: what its files hold that the source's do not, how many tensors stay, the config."""
+    lines = []
+    for part in prepare(load_recipe(name, [f"model={folder}", "output=unused"])).parts:
+        new = [f"{s.name} {s.dtype} {list(s.shape)}" for op in part.plan.ops if not isinstance(op, Copy) for s in op.outputs]
+        stay = [op.output.name for op in part.plan.ops if isinstance(op, Copy)]
+        section = json.loads(part.plan.files["config.json"])["quantization_config"]
+        section = {key: folded(value) if isinstance(value, list) else value for key, value in section.items()}
+        lines += [f"[{part.folder}]", *folded(new), f"and {len(stay)} that stay", json.dumps(section, indent=1), ""]
+    return "\n".join(lines).replace(f"ckptq-{__version__}", "ckptq-VERSION")
+
+
+def main() -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    for old in GOLDEN.iterdir():
+        old.unlink()
+    for name, pipeline in RECIPES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            PIPELINES[pipeline].make(Path(folder), **({"layers": DEPTH[name]} if name in DEPTH else {}))
+            (GOLDEN / f"{name}.txt").write_text(described(name, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -60,7 +60,8 @@ def described(treatment: Treatment, linear: ServerLinear, scope: Scope) -> Any:
     if not isinstance(treatment, Format):
         return treatment
     if linear.part == "experts":
-        return [treatment.granularity, "static" if "input_scale" in treatment.kinds else "dynamic"]
+        otherwise = "none" if treatment.granularity == "group" else "dynamic"
+        return [treatment.granularity, "static" if any(scales.of_input for scales in treatment.scales) else otherwise]
     shards = {"qkv": 3, "gate_up": 2}.get(kind(linear, scope), 1)
     rows, columns = treatment.block or (1, 1)
     sizes = {"n": shards * ROWS, "nb": shards * math.ceil(ROWS / rows), "kb": math.ceil(COLUMNS / columns), "1": 1}
@@ -216,6 +217,9 @@ def modelopt_numbers() -> Iterator[Section]:
     for groups in ({"a": one}, {"a": other}, {"a": one, "b": other}, {"a": {}}, {}, [], None, {"a": None}):
         for algo in ("NVFP4", "MXFP8", "FP8"):
             yield modelopt(*kept, algo=algo, config_groups=groups)
+        yield modelopt("lm_head", "*mlp.gate", algo="NVFP4", config_groups=groups)
+    for names in NAMES:
+        yield modelopt(*names, algo="W4A16_NVFP4")
     for size in (16, "16", None, "x", 16.0, [16]):  # others fit no kernel, which is asked later
         yield modelopt(*kept, algo="NVFP4", group_size=size)
         yield modelopt(*kept, algo="MXFP8", group_size=size)
@@ -329,7 +333,7 @@ def compressed_sections() -> Iterator[Section]:
 
 
 def compressed_numbers() -> Iterator[Section]:
-    """INT8, NVFP4, MXFP8 and MXFP4, and what is nearly so. Routed experts are kept, of which ckptq knows FP8 alone."""
+    """INT8, NVFP4, MXFP8 and MXFP4, and what is nearly so. Routed experts, of which ckptq knows FP8 and NVFP4 alone, are kept."""
     kept = ("lm_head", "re:.*experts.*")
     int8: Section = {"type": "int", "num_bits": 8}
     fp4: Section = {"type": "float", "num_bits": 4, "strategy": "tensor_group", "group_size": 16}
@@ -371,6 +375,10 @@ def compressed_numbers() -> Iterator[Section]:
             for form in every[:3] if activations is not None else every:
                 one = {"targets": ["Linear"], "weights": weight, "input_activations": activations}
                 yield compressed(*kept, format=form, groups=[one])
+    for activations in (None, local, token, {**local, "group_size": 32}):
+        for names in NAMES:
+            one = {"targets": ["Linear"], "weights": fp4, "input_activations": activations}
+            yield compressed(*names, format="nvfp4-pack-quantized", groups=[one])
     fp4s = {"targets": ["re:.*mlp.*"], "weights": fp4, "input_activations": local, "format": "nvfp4-pack-quantized"}
     fp8s = {**group("channel", targets=["re:.*self_attn.*"]), "format": "float-quantized"}
     int8s = {"targets": QKV, "weights": {**int8, "strategy": "channel"}, "input_activations": token, "format": "int-quantized"}
@@ -600,8 +608,25 @@ def test_only_newer_versions_ask_the_groups_whether_nvfp4_quantizes_activations(
         assert sorted(form.kinds) == scales
 
 
-@pytest.mark.parametrize("algo", ["NVFP4", "MXFP8", "W4A16_NVFP4"])
-def test_routed_experts_in_new_numbers_are_refused_by_name(algo: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"routed experts in {algo}"):
-        ours("moe", modelopt(algo=algo))
-    assert "weight" in ours("moe", modelopt("model.layers.*.mlp.experts*", algo=algo))[0]
+def test_routed_experts_in_new_numbers_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="routed experts in MXFP8 can't be checked yet; what can: FP8, NVFP4, W4A16_NVFP4"):
+        ours("moe", modelopt(algo="MXFP8"))
+    assert "weight" in ours("moe", modelopt("model.layers.*.mlp.experts*", algo="MXFP8"))[0]
+    mxfp4 = {"targets": ["Linear"], "weights": {**FLOAT8, "num_bits": 4, "strategy": "group", "group_size": 32}}
+    with pytest.raises(
+        UnsupportedError, match="routed experts in compressed-tensors MXFP4 can't be checked yet; what can: FP8, NVFP4"
+    ):
+        ours("moe", compressed(groups=[mxfp4]))
+
+
+def test_the_scales_of_nvfp4_experts_are_never_missed_by_the_server() -> None:
+    """Of a linear the scales of groups are; of experts gate's scale of the whole tensor counts for up, too."""
+    for section, unused in ((modelopt(algo="NVFP4"), ()), (modelopt(algo="W4A16_NVFP4"), ("input_scale",))):
+        found, _ = configs.read(Stored({"quantization_config": section}, None, {}), MOE, DEFAULT)
+        assert found is not None
+        treat = find("modelopt").matcher(found, MOE)
+        forms = {linear.part: treat(linear) for linear in LINEARS["moe"]}
+        unset = {part: [s.unset for s in form.scales][:2] for part, form in forms.items() if isinstance(form, Format)}
+        assert (unset["layers"], unset["experts"]) == (["noticed", "memory"], ["memory", "first"])
+        assert isinstance(forms["experts"], Format)
+        assert forms["experts"].dropped == unused

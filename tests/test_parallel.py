@@ -36,6 +36,7 @@ from ckptq.validators.formats import (
     compressed_tensors,
     compressed_tensors_int8,
     native_block,
+    of_experts,
 )
 from ckptq.validators.parallel import check
 from ckptq.validators.servers import SERVERS
@@ -220,6 +221,16 @@ def test_experts_are_cut_in_whole_blocks_or_not_at_all() -> None:
     assert moe(4, COMPRESSED) == ["error expert-block"] * 2
     assert moe(4, COMPRESSED, ep=True) == []
     assert moe(4, MODELOPT_FP8) == moe(4, None) == []
+
+
+def test_nothing_refuses_experts_in_groups_that_are_cut() -> None:
+    form = of_experts(MODELOPT_NVFP4)
+    assert moe(16, form) == moe(48, form) == moe(64, form, ep=True) == []  # 48 and 16 columns a rank
+    assert moe(32, form) == ["error expert-block"]  # 24
+    pairs = expert(0)
+    shapes = {module: size for linear, sizes in pairs for module, size in zip(linear.shards, sizes, strict=True)}
+    (finding,) = check(MOE, MOE_30B, [(linear, form) for linear, _ in pairs], shapes, 32)
+    assert finding.effect.startswith("vLLM refuses to load it, or computes with other scales")
 
 
 def test_native_blocks_of_experts_are_refined_where_that_works() -> None:

@@ -16,7 +16,7 @@ from ckptq.schemes import SCHEMES
 from ckptq.scopes import Experts, Fused, Scope, Tower
 from ckptq.sections import CocoCalibration, Section, TextCalibration, parse_size
 
-SCHEMES_LISTED = "'fp8', 'fp8-tensor', 'fp8-dynamic', 'fp8-block', 'int8', 'nvfp4', 'nvfp4a16', 'mxfp8' or 'mxfp4'"
+SCHEMES_LISTED = "'fp8', 'fp8-tensor', 'fp8-dynamic', 'fp8-block', 'int8', 'nvfp4', 'nvfp4a16', 'mxfp8', 'mxfp4' or 'mxfp4-dualscale'"
 GOOD = """\
 model: some/where
 quantize:
@@ -109,7 +109,7 @@ export:
         f"quantize.0.scheme (line 4): expected {SCHEMES_LISTED}, found 'fp9'",
         "quantize.0.bits (line 5): unknown key; known: modules, scheme",
         "keep (line 6): expected a valid list, found 3",
-        "calibration.source (line 8): expected coco, text, media or builtin, found 'coc'; did you mean coco?",
+        "calibration.source (line 8): expected coco, text, media, builtin or prompts, found 'coc'; did you mean coco?",
         "calibration.seed (line 11): expected a valid integer, found 1.5",
         "calibration.annotations (line 7): is required",
         "calibration.sampels (line 10): unknown key; did you mean samples?",
@@ -122,11 +122,11 @@ export:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("{source: nothing-such}", "calibration.source (line 6): expected coco, text, media or builtin, found 'nothing-such'"),
-        ("{samples: 3}", "calibration.source (line 6): is required; expected coco, text, media or builtin"),
-        ("{source: 3}", "calibration.source (line 6): expected coco, text, media or builtin, found '3'"),
+        ("{source: nothing-such}", "calibration.source (line 6): expected coco, text, media, builtin or prompts, found 'nothing-such'"),
+        ("{samples: 3}", "calibration.source (line 6): is required; expected coco, text, media, builtin or prompts"),
+        ("{source: 3}", "calibration.source (line 6): expected coco, text, media, builtin or prompts, found '3'"),
         ("builtin", "calibration (line 6): expected a section with keys of its own, found 'builtin'"),
-        ("{source: builtin, files: a}", "calibration.files (line 6): unknown key here; it belongs to source text or media"),
+        ("{source: builtin, files: a}", "calibration.files (line 6): unknown key here; it belongs to source text, media or prompts"),
         ("{source: text, files: []}", "calibration.files (line 6): expected at least 1 item, found []"),
         ("{source: builtin, samples: 0}", "calibration.samples (line 6): expected at least 1, found 0"),
         ("{source: builtin, save_every: 601}", "calibration.save_every (line 6): expected at most 600, found 601"),
@@ -258,7 +258,7 @@ def test_top_level_values() -> None:
         ("quantize.1.scheme=fp8", "--set quantize.1.scheme=fp8: quantize has 1 items: expected a number below that, found '1'"),
         ("quantize.-1.scheme=fp8", "--set quantize.-1.scheme=fp8: quantize has 1 items: expected a number below that, found '-1'"),
         ("model.x=3", "--set model.x=3: model is 'some/where', which has no keys"),
-        ("calibration.source=builtin", "calibration.files (line 8): unknown key here; it belongs to source text or media"),
+        ("calibration.source=builtin", "calibration.files (line 8): unknown key here; it belongs to source text, media or prompts"),
     ],
 )
 def test_overrides_gone_wrong(override: str, message: str) -> None:

@@ -338,14 +338,15 @@ def test_shards_with_scales_of_their_own_are_mended_where_that_can_be_done(good:
 # --- experts ---
 
 
-def experts(folder: Path, inputs: dict[str, float]) -> list[Finding]:
-    """Findings on one layer of four experts, input scales 0.01 but for those given as `expert.linear`."""
+def experts(folder: Path, inputs: dict[str, float], of_input: str = "input_scale", beside: str = "") -> list[Finding]:
+    """Findings on one layer of four experts, input scales 0.01 but for those given as `expert.linear`. `beside`: NVFP4's."""
     config = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 1, "num_experts": 4, "quantization_config": {}}
     tensors: Tensors = {}
     for expert in range(4):
         for name in ("gate_proj", "up_proj", "down_proj"):
             at = f"model.layers.0.mlp.experts.{expert}.{name}"
-            tensors[f"{at}.input_scale"] = torch.tensor(inputs.get(f"{expert}.{name}", 0.01))
+            tensors[f"{at}.{of_input}"] = torch.tensor(inputs.get(f"{expert}.{name}", 0.01))
+            tensors |= {f"{at}.{beside}": torch.tensor(1e-4 if beside == "weight_scale_2" else 1e4)} if beside else {}
     save_file(tensors, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return check(folder)
@@ -365,6 +366,30 @@ def experts(folder: Path, inputs: dict[str, float]) -> list[Finding]:
 def test_input_scales_of_experts(tmp_path: Path, inputs: dict[str, float], expected: list[tuple[str, str]]) -> None:
     """vLLM keeps the one of gate and up that it loads last, then the largest of all experts."""
     assert [(f.code, f.severity) for f in experts(tmp_path, inputs)] == expected
+
+
+SPLIT, SPREAD = [("values.input-scale-split", "warning")], [("values.input-scale-spread", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({}, []),
+        ({"1.gate_proj": 0.05}, SPLIT),
+        ({"1.up_proj": 0.002}, SPLIT),
+        ({"1.down_proj": 0.0001, "2.down_proj": 0.05}, []),
+        ({"1.gate_proj": 5.0, "1.up_proj": 5.0}, SPREAD),
+        ({"1.gate_proj": 5.0}, [*SPLIT, *SPREAD]),
+    ],
+)
+def test_input_scales_of_experts_in_nvfp4(tmp_path: Path, inputs: dict[str, float], expected: list[tuple[str, str]]) -> None:
+    """vLLM keeps those of gate and up both, and takes the largest of all experts: a divisor is small where that is large."""
+    divisors = {name: 1e-4 / value for name, value in inputs.items()}
+    for of_input, stored, beside in (
+        ("input_scale", inputs, "weight_scale_2"),
+        ("input_global_scale", divisors, "weight_global_scale"),
+    ):
+        assert [(f.code, f.severity) for f in experts(tmp_path, stored, of_input, beside)] == expected
 
 
 # --- memory ---

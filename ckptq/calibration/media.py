@@ -35,15 +35,19 @@ def load(settings: MediaCalibration) -> list[Sample]:
     """At most `settings.samples` of all lines. Images and audio of the chosen ones are decoded once, so that a broken file is
     found before the long work.
 
-    Raises CalibrationError for lines that can't be understood, and for files that are missing or can't be decoded.
+    Raises CalibrationError for lines that can't be understood, and for files that are missing or can't be decoded. It names the
+    .jsonl file and the line.
     """
     found = (sample for entry in settings.files for sample in _lines(Path(entry).expanduser()))
     samples = choose(found, settings.samples, settings.seed)
     for sample in samples:
-        if sample.image:
-            read_image(sample.image)
-        if sample.audio:
-            read_wav(sample.audio)
+        try:
+            if sample.image:
+                read_image(sample.image)
+            if sample.audio:
+                read_wav(sample.audio)
+        except CalibrationError as error:
+            raise CalibrationError(f"{sample.name}: {error}", hint=error.hint) from error
     return samples
 
 

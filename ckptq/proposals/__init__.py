@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,19 @@ def _verify(scope: Scope, component: Component) -> None:
     read = parameters(scope, component.config, component.tensors)
     if lost := next((p.name for p in read if p.required and p.name not in component.tensors), None):
         raise UnsupportedError(f"no scope can be proposed: {lost} is not stored, and others like it are: layers or blocks differ")
+
+
+def with_skipped(scope: Scope, component: Component) -> Proposal | None:
+    """A scope of ckptq's with more under `skipped`: what lies outside all that it knows. None where nothing does."""
+    from ckptq.validators.strays import beyond
+    from ckptq.validators.vllm_rules import parameters
+
+    beginning = beyond(scope, (p.name for p in parameters(scope, component.config, component.tensors)))
+    found = dict.fromkeys(b for name in component.tensors if not scope.skips(name) and (b := beginning(name)))
+    if not found:
+        return None
+    why = "vLLM's own class for this architecture raises at such names: this is for a server that passes them over"
+    return Proposal(replace(scope, skipped=(*scope.skipped, *found)), {"skipped": f"{', '.join(found)}: {why}"})
 
 
 def as_yaml(proposal: Proposal) -> str:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckptq.errors import CkptqError, OutputError
 from ckptq.validators import Finding, Severity, codes
-from ckptq.validators.servers import DEFAULT, Server
+from ckptq.validators.servers import DEFAULT, OMNI, Rules, Server
 
 if TYPE_CHECKING:
-    from ckptq.validate import Checked
+    from ckptq.validate import Checked, Target
 
 Machine = Literal["json", "junit", "github"]
 Kept = Literal["json", "junit"]
@@ -41,6 +41,7 @@ class Asked:
     tp: int = 1
     ep: bool = False
     scope: Path | None = None
+    target: Target = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Outcome:
     built       what the server will build (`validate.figures`), or None where the config can't be read
     refusal     set where the checkpoint couldn't be judged; `findings` is empty then
     scope       (name of the scope it was judged by, where that is: "ckptq", "--scope" or "ckptq.json"), or None
+    judged_by   whose rules, where they are not those of `asked.server`
     """
 
     checkpoint: str
@@ -76,6 +78,12 @@ class Outcome:
     built: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
     scope: tuple[str, str] | None = None
+    judged_by: Rules | None = None
+
+    @property
+    def rules(self) -> Rules:
+        """Whose rules were applied."""
+        return self.judged_by or self.asked.server.rules
 
     @property
     def ok(self) -> bool:
@@ -128,10 +136,10 @@ def verdict(findings: Sequence[Finding], strict: bool = False) -> str:
     return f"{'FAILED' if failed else 'OK'}: {', '.join(said) or 'no findings'}{only_strict}"
 
 
-def rules(server: Server) -> str:
+def rules(found: Rules) -> str:
     """`vLLM 0.32 (tried on the real one)`."""
-    how = "tried on the real one" if server.verified == "loaded" else "read in its source, not tried"
-    return f"vLLM {server.version} ({how})"
+    how = "tried on the real one" if found.verified == "loaded" else "read in its source, not tried"
+    return f"{found.server} {found.version} ({how})"
 
 
 def groups() -> list[str]:
@@ -148,6 +156,8 @@ def next_command(outcome: Outcome) -> str:
     source = f" --source {shlex.quote(asked.source)}" if asked.source else ""
     if not asked.source:
         return f"{command} --source SRC"
+    if outcome.rules == OMNI:
+        return f"vllm serve {shlex.quote(outcome.checkpoint)} --omni"
     if not asked.load:
         return f"{command}{source} --load"
     parallel = (f" --tensor-parallel-size {asked.tp}" if asked.tp > 1 else "") + (" --enable-expert-parallel" if asked.ep else "")

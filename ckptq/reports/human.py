@@ -59,7 +59,7 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
     asked = outcome.asked
-    yield "rules", rules(asked.server)
+    yield "rules", rules(outcome.rules)
     if outcome.scope and outcome.scope[1] != "ckptq":
         yield "scope", f"{outcome.scope[0]}, as {outcome.scope[1]} spells it out; ckptq has none of its own to compare it with"
     if outcome.built:

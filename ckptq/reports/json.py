@@ -33,9 +33,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
         "ok": outcome.ok,
         "exit_code": outcome.exit_code,
         "strict": asked.strict,
-        "rules": None
-        if outcome.refusal
-        else {"server": "vLLM", "version": asked.server.version, "verified": asked.server.verified},
+        "rules": None if outcome.refusal else asdict(outcome.rules),
         "asked": {
             "source": asked.source,
             "values": asked.values,
@@ -45,6 +43,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
             "tensor_parallel": asked.tp,
             "expert_parallel": asked.ep,
             "scope": str(asked.scope) if asked.scope else None,
+            "target": asked.target,
         },
         "scope": {"name": outcome.scope[0], "from": outcome.scope[1]} if outcome.scope else None,
         "checked": [{"what": c.what, "amount": c.amount, "unit": c.unit} for c in outcome.checked],

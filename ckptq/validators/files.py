@@ -35,10 +35,16 @@ def check(folder: Path, component: Component, *, values: bool = True) -> Iterato
     fails.
     """
     yield from _left_out(folder, component, values)
-    if not component.indexed and component.weight_files != (SINGLE,):
+    yield from check_weights(folder, component, values=values)
+
+
+def check_weights(folder: Path, component: Component, *, values: bool = True) -> Iterator[Finding]:
+    """Those on the files of the weights alone, of a pipeline's component too."""
+    single = f"{component.stem}.safetensors"
+    if not component.indexed and component.weight_files != (single,):
         yield warning(
             "files.no-index", ", ".join(printable(name) for name in component.weight_files[:3]),
-            f"{SINGLE}, or an index that names the files", f"{len(component.weight_files)} weight files and no index",
+            f"{single}, or an index that names the files", f"{len(component.weight_files)} weight files and no index",
             "vLLM loads every *.safetensors in the folder, other programs find no weights", "write an index",
         )  # fmt: skip
     twice = [d for d in component.disagreements if d.kind == "stored-twice"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ckptq.checkpoint import FLOATS, Component, Inventory, Reader, SourceTensor, TensorSpec
 from ckptq.scopes import Scope
@@ -78,16 +79,48 @@ def check(
         extra = [name for name in ours.tensors if name not in originals and not scale_kind(name)]
         yield from (_missing(name, read) for name, read in _read_by_server(missing, theirs, scope, original))
         yield from (_extra(name, read) for name, read in _read_by_server(extra, ours, scope, reader))
-        advance(sum(t.spec.nbytes for name, t in ours.tensors.items() if name not in originals))
-        tensors = _in_file_order(ours, originals)
-        for tensor in tensors:
-            yield from _form_findings(tensor, originals[tensor.spec.name].spec)
-        pairs = (_pair(tensor, originals[tensor.spec.name], ours, reader) for tensor in tensors)
-        alike = Likeness(theirs.tensors.values(), reader, original)
-        for pair, off in _offs(_jobs(pairs, {*proved}, sample), reader, original):
-            if off is not None:
-                yield _value_finding(pair, off, alike.describe(pair.ours, pair.theirs, pair.coded))
-            advance(pair.ours.spec.nbytes)
+        yield from _compared((reader, ours), (original, theirs), originals, advance, sample, proved)
+
+
+def check_component(
+    output: tuple[Path, Component],
+    source: tuple[Path, Component],
+    called: Callable[[str], str] = lambda name: name,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    sample: bool = False,
+    proved: Collection[str] = (),
+) -> Iterator[Finding]:
+    """The same of a component of a pipeline, without its files. `called` turns a name in the output into the source's."""
+    (root, ours), (origin, theirs) = output, source
+    originals = {name: tensor for name in ours.tensors if (tensor := theirs.tensors.get(called(name))) is not None}
+    matched = {tensor.spec.name for tensor in originals.values()}
+    yield from (_missing(name, True) for name in theirs.tensors if name not in matched)
+    yield from (_extra(name, False) for name in ours.tensors if name not in originals and not scale_kind(name))
+    with Reader(root, ours) as reader, Reader(origin, theirs) as original:
+        yield from _compared((reader, ours), (original, theirs), originals, advance, sample, proved)
+
+
+def _compared(
+    output: tuple[Reader, Component],
+    source: tuple[Reader, Component],
+    originals: Mapping[str, SourceTensor],
+    advance: Callable[[int], None],
+    sample: bool,
+    proved: Collection[str],
+) -> Iterator[Finding]:
+    """Findings on tensors that both have. `originals`: {name in the output: the source's tensor}."""
+    (reader, ours), (original, theirs) = output, source
+    advance(sum(t.spec.nbytes for name, t in ours.tensors.items() if name not in originals))
+    tensors = _in_file_order(ours, originals)
+    for tensor in tensors:
+        yield from _form_findings(tensor, originals[tensor.spec.name].spec)
+    pairs = (_pair(tensor, originals[tensor.spec.name], ours, reader) for tensor in tensors)
+    alike = Likeness(theirs.tensors.values(), reader, original)
+    for pair, off in _offs(_jobs(pairs, {*proved}, sample), reader, original):
+        if off is not None:
+            yield _value_finding(pair, off, alike.describe(pair.ours, pair.theirs, pair.coded))
+        advance(pair.ours.spec.nbytes)
 
 
 def _originals(ours: Component, theirs: Component, scope: Scope) -> dict[str, SourceTensor]:

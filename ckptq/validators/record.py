@@ -6,7 +6,7 @@ ckptq.json is an input like any other: what is odd in it becomes a finding.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ CODES = {
 RECORD = "ckptq.json"
 SERVED = ("generation_config.json", "hf_quant_config.json", "chat_template.json", "chat_template.jinja")
 """Files that need not be there, and that a server reads where they are."""
+_WEIGHTS = (".safetensors", ".bin")
+"""Files of a pipeline's components that no tensor of is recorded."""
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _MEND = "convert again, or take it from a copy that you trust"
 
@@ -59,6 +61,31 @@ def body(folder: Path) -> Any:
 
 def read(folder: Path) -> tuple[Record | None, list[Finding]]:
     """(the record, or None where there is none or it makes no sense; findings on itself)."""
+    data, findings = _read(folder)
+    return (None, findings) if data is None else _record(data)
+
+
+def read_pipeline(folder: Path) -> tuple[dict[str, Record], list[Finding]]:
+    """({component: its record}, "" standing for what stays of the pipeline; findings on the record itself)."""
+    data, findings = _read(folder)
+    if data is None:
+        return {}, findings
+    found: dict[str, Record] = {}
+    components = data.get("components", {})
+    if not isinstance(components, dict):
+        findings.append(_unreadable(f"{RECORD}: components", "{component: its record}", short(components)))
+        components = {}
+    for name, body in [("", data), *components.items()]:
+        if isinstance(body, dict):
+            found[name], odd = _record(body)
+            findings += odd
+        else:
+            findings.append(_unreadable(f"{RECORD}: components.{name}", "an object", short(body)))
+    return found, findings
+
+
+def _read(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """(what ckptq.json holds, or None where there is none or it is no object; findings)."""
     try:
         data = read_json(folder / RECORD, INDEX_LIMIT)
     except FileNotFoundError:
@@ -67,6 +94,10 @@ def read(folder: Path) -> tuple[Record | None, list[Finding]]:
         return None, [_unreadable(RECORD, "JSON", printable(str(problem)))]
     if not isinstance(data, dict):
         return None, [_unreadable(RECORD, "an object", short(data))]
+    return data, []
+
+
+def _record(data: Mapping[str, Any]) -> tuple[Record, list[Finding]]:
     findings: list[Finding] = []
     amax = data.get("amax", {})
     if not isinstance(amax, dict):
@@ -112,7 +143,7 @@ def check(record: Record, folder: Path, component: Component, digests: Mapping[s
     if record.tensors is not None:
         yield from _tensor_findings(record.tensors, component, digests, lost)
     if record.files is not None:
-        yield from _file_findings(record.files, folder, component)
+        yield from check_files(record.files, folder, {"config.json", *component.sidecars})
 
 
 def _tensor_findings(
@@ -138,17 +169,17 @@ def _tensor_findings(
             )  # fmt: skip
 
 
-def _file_findings(written: Mapping[str, str], folder: Path, component: Component) -> Iterator[Finding]:
-    there = {"config.json", *component.sidecars}
+def check_files(written: Mapping[str, str], folder: Path, there: Set[str]) -> Iterator[Finding]:
+    """Files by name. `there`: those that are in the folder. Raises OSError for one that can't be read."""
     now = digest.of_files(folder, there & written.keys())
     for name, before in written.items():
         if name not in there:
-            yield warning(
+            yield (error if name.endswith(_WEIGHTS) else warning)(
                 "record.file-missing", printable(name), "the file that the conversion wrote", "absent",
                 "vLLM starts without what it says, or does not start", _MEND,
             )  # fmt: skip
         elif now[name] != before:
-            yield warning(
+            yield (error if name.endswith(_WEIGHTS) else warning)(
                 "record.file-changed", name, "what it said after the conversion", "something else",
                 "vLLM goes by the new content", f"{_MEND}; or leave it, if the change was meant",
             )  # fmt: skip

@@ -25,6 +25,18 @@ _ALGOS = _ALONE | {"MXFP8", "MIXED_PRECISION"}
 
 
 @dataclass(frozen=True, slots=True)
+class Rules:
+    """Whose rules a checkpoint was judged by, for reports. `verified` as in Server."""
+
+    server: str
+    version: str
+    verified: Verified
+
+
+OMNI = Rules("vLLM-Omni", "0.30", "loaded")
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """One version of vLLM.
 
@@ -91,6 +103,11 @@ class Server:
     refines_moe_blocks: bool
     quark_blocks: bool
     quark_expert_parts: bool
+
+    @property
+    def rules(self) -> Rules:
+        """What reports say of it."""
+        return Rules("vLLM", self.version, self.verified)
 
 
 _V20 = Server(

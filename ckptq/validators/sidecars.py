@@ -42,7 +42,7 @@ _LONGEST = 80
 
 def check(output: Inventory, source: Inventory) -> Iterator[Finding]:
     """Findings on config.json and on the files that travel along. Raises OSError for one that can't be read."""
-    yield from _config_findings(output.main.config, source.main.config)
+    yield from check_config(output.main.config, source.main.config)
     there = {*output.main.sidecars}
     for name in source.main.sidecars:
         if name in GENERATED or digest.is_document(name):
@@ -81,7 +81,7 @@ def _missing(name: str, *, replaced: bool) -> Finding:
     )  # fmt: skip
 
 
-def _config_findings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
+def check_config(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Finding]:
     """A value that changed is an error, another dtype to serve in a warning, and so is a key that came or went.
 
     transformers adds defaults when it saves: a key that came with null, false or 0 says nothing new, and a dtype may be left out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ckptq.checkpoint import FLOATS
 from ckptq.scopes import Scope
@@ -33,6 +33,32 @@ _TAKES_OUTPUTS = ("fp8", "quark")
 _BLOCK = re.compile(r".*?\.\d+\.")
 _OUTPUTS = (".self_attn.q_proj.output_scale", ".self_attn.prob_output_scale")
 
+_INSIDE = (
+    "rename it (scales are weight_scale, input_scale, k_scale, v_scale; weight_scale_inv in blocks of method fp8), remove it, or "
+    "mend config.json"
+)
+_BEYOND = (
+    "leave it out: no draft model's heads (mtp) and no layers after the last are passed over here; or mend num_hidden_layers, "
+    "where it is a layer. For a server that does pass it over, spell the scope out with its name under `skipped`: "
+    "`ckptq inspect SRC` prints that scope, a recipe takes it under `scope:`"
+)
+
+
+def beyond(scope: Scope, read: Iterable[str]) -> Callable[[str], str]:
+    """How names begin that lie outside what the server reads: `mtp.`, `model.layers.61.` after the last layer; "" for others."""
+    inside = [(scope.layer_of(name), scope.canonical(name)) for name in read]
+    layers = {layer[0] for layer, _ in inside if layer is not None}
+    parts = {name.partition(".")[0] for _, name in inside}
+
+    def beginning(name: str) -> str:
+        layer, canonical = scope.layer_of(name), scope.canonical(name)
+        if layer is not None:
+            return "" if layer[0] in layers else f"{scope.layers}.{layer[0]}."
+        first, dot, _ = canonical.partition(".")
+        return f"{first}." if dot and first not in parts else ""
+
+    return beginning
+
 
 def check(at: Expected) -> Iterator[Finding]:
     """Findings on tensors that are no parameter and no scale of a quantized linear or of the KV cache."""
@@ -40,6 +66,7 @@ def check(at: Expected) -> Iterator[Finding]:
     yield from _kv_on_tower([name for name in on_towers if not _in_unread_block(name, at)], at.scope)
     yield from _drafts(at)
     known = {*at.parameters, *on_towers}
+    beginning = beyond(at.scope, at.parameters)
     for name in at.tensors:
         module, _, kind = name.rpartition(".")
         if name in known or at.scope.skips(name) or (kind in SCALE_KINDS and module in at.linears) or layer_slot(name, at):
@@ -58,8 +85,7 @@ def check(at: Expected) -> Iterator[Finding]:
             yield (error if refused else warning)(
                 "layout.unknown-tensor", name, "no such tensor, by config.json and the server's names", "stored",
                 "vLLM raises: it has no parameter of that name" if refused else "this version of vLLM drops it silently",
-                "rename it (scales are weight_scale, input_scale, k_scale, v_scale; weight_scale_inv in blocks of method fp8), "
-                "remove it, or mend config.json",
+                _BEYOND if beginning(name) else _INSIDE,
             )  # fmt: skip
     if at.tied and not at.settings.server.stored_head_counts and (head := at.tensors.get(f"{at.scope.head}.weight")):
         yield warning(

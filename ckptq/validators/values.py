@@ -26,7 +26,7 @@ from ckptq.validators.scales import (
     weight_of,
 )  # fmt: skip
 from ckptq.validators.scan import NUMBERS, Seen, scan
-from ckptq.validators.vllm_rules import parameters
+from ckptq.validators.vllm_rules import ServerLinear, parameters
 
 CODES = {
     "values.not-finite": Code("a NaN or an infinity: a scale, a code, or an unquantized weight"),
@@ -77,11 +77,14 @@ class _Pass:
 def check(
     root: Path,
     component: Component,
-    scope: Scope,
+    scope: Scope | Sequence[ServerLinear],
     advance: Callable[[int], None] = lambda _: None,
     digests: dict[str, str] | None = None,
 ) -> Iterator[Finding]:
-    """All findings on values. `advance` is told the bytes that were looked at; `digests`, where given, gets each tensor's."""
+    """All findings on values. `advance` is told the bytes that were looked at; `digests`, where given, gets each tensor's.
+
+    scope   of no language model: the linears that the server fuses
+    """
     found, left_out = _Pass({}, {}, {}), set[str]()
     for tensor, seen in scan(root, component, advance, digests=digests is not None):
         name, dtype = tensor.spec.name, tensor.spec.dtype
@@ -109,8 +112,11 @@ def check(
             odd, findings = _look(tensor, seen, component, reader, block)
             left_out |= {tensor.spec.name} if odd else set()
             yield from findings
-    yield from compare.check(found.summary(component, left_out), scope)
-    yield from _dropped_biases(found.tops, component, scope)
+    if isinstance(scope, Scope):
+        yield from compare.check(found.summary(component, left_out), scope)
+        yield from _dropped_biases(found.tops, component, scope)
+    else:
+        yield from compare.check_linears(found.summary(component, left_out), scope)
 
 
 def _dropped_biases(tops: Mapping[str, float], component: Component, scope: Scope) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ PARTS = (
     "excludes",
     "files",
     "moe",
+    "moe_nvfp4",
     "quark",
     "groups",
     "group_values",

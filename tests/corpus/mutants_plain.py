@@ -7,7 +7,23 @@ from __future__ import annotations
 
 import torch
 
-from corpus.edit import Edit, Tensors, alter, both, copy, dequantized, drop, matching, put, rename, requantized, scalar, swap, tensors, times, to
+from corpus.edit import (
+    Edit,
+    Tensors,
+    alter,
+    both,
+    copy,
+    dequantized,
+    drop,
+    matching,
+    put,
+    requantized,
+    scalar,
+    swap,
+    tensors,
+    times,
+    to,
+)
 from corpus.edit_files import config, elsewhere
 from corpus.mutants import fault
 from corpus.mutants_families import also, without
@@ -36,7 +52,7 @@ def as_one(layer: str, name: str, *shards: str) -> Edit:
         found = [stored.pop(f"{layer}{shard}.weight") for shard in shards]
         stored[f"{layer}{name}.weight"] = torch.cat([t.view(torch.uint8) for t in found]).view(found[0].dtype)
         for scale in ("weight_scale", "input_scale"):
-            stored[f"{layer}{name}.{scale}"] = [stored.pop(f"{layer}{shard}.{scale}") for shard in shards][0]
+            stored[f"{layer}{name}.{scale}"], *_ = [stored.pop(f"{layer}{shard}.{scale}") for shard in shards]
 
     return tensors(apply)
 
@@ -87,13 +103,6 @@ SCALES = (
         },
         near={"mistral": {"twice": both(*[swap("k_proj.k_scale", "v_proj.v_scale", "*.k_proj.k_scale")] * 2)}},
         needs="record",
-    ),
-    *fault(
-        "scale under another name",
-        bad={
-            "llama": {"beside the bias": rename("weight_scale", "scale", f"{OUT}.*")},
-        },
-        near={"qwen2": {"and back": both(rename("weight_scale", "zzz"), rename("zzz", "weight_scale"))}},
     ),
     *fault(
         "scales a row in another shape",
@@ -294,12 +303,6 @@ CONFIGS = (
         "some shards of a fused linear excluded",
         bad={"llama": {"up": also(f"{L0}mlp.up_proj")}, "qwen2": {"v": also(V)}},
         near={"mistral": {"of a layer that is not there": also("model.layers.9.self_attn.q_proj")}},
-    ),
-    *fault(
-        "gate and up traded",
-        bad={"gemma3text": {"weights": swap("gate_proj", "up_proj", f"{GATE}.weight")}},
-        near={"gemma3text": {"twice": both(*[swap("gate_proj", "up_proj", f"{GATE}.weight")] * 2)}},
-        needs="source",
     ),
     *fault(
         "codes and values changed",

@@ -1,6 +1,6 @@
 """OmniGen2: blocks of Lumina 2's kind, and a refiner for each of text, image and reference images.
 
-diffusers has no class of it. Its own code's modules are named as those of diffusers' Lumina 2, which the transformer here is made of.
+diffusers has no class of it. Its own code's modules are named as those of diffusers' Lumina 2, of which the transformer here is made.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ def make(folder: Path, layers: int = 2, hidden: int = 72, multiple_of: int = 32)
         def __init__(
             self, patch_size: int, in_channels: int, hidden_size: int, num_layers: int, num_refiner_layers: int,
             num_attention_heads: int, num_kv_heads: int, multiple_of: int, ffn_dim_multiplier: float | None, norm_eps: float,
-            axes_dim_rope: list[int], axes_lens: list[int], text_feat_dim: int, timestep_scale: float, out_channels: int | None = None,
+            axes_dim_rope: list[int], axes_lens: list[int], text_feat_dim: int, timestep_scale: float,
         ) -> None:  # fmt: skip
             super().__init__()
             shape = (hidden_size, num_attention_heads, num_kv_heads, multiple_of, ffn_dim_multiplier, norm_eps)

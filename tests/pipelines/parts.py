@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,29 @@ SPECIAL = {"vision_start_token_id": 4091, "vision_end_token_id": 4092, "image_to
 
 
 def filled(module: Any, seed: int = 0) -> Any:
-    """The module in BF16: matrices that keep the size of what passes, norms near one, biases near zero; one generator for all.
-
-    What its class keeps in float32 stays so, as diffusers loads it.
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """The module in BF16 with the values of `tensors`. What its class keeps in float32 stays so, as diffusers loads it."""
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                values /= max(1, parameter[0].numel()) ** 0.5
-            elif name.endswith("bias"):
-                values *= 0.02
-            else:
-                values = 1 + values * 0.1
-            wide = any(part in name.split(".") for part in kept)
-            parameter.data = values if wide else values.to(torch.bfloat16)
+    values = tensors({name: tuple(parameter.shape) for name, parameter in module.named_parameters()}, seed)
+    for name, parameter in module.named_parameters():
+        wide = any(part in name.split(".") for part in kept)
+        parameter.data = values[name].float() if wide else values[name]
     return module.eval()
+
+
+def tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """BF16: matrices that keep the size of what passes, norms near one, biases near zero; one generator for all."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            values /= max(1, math.prod(shape[1:])) ** 0.5
+        elif name.endswith("bias"):
+            values *= 0.02
+        else:
+            values = 1 + values * 0.1
+        result[name] = values.to(torch.bfloat16)
+    return result
 
 
 def index(folder: Path, pipeline: str, components: Mapping[str, tuple[str, str]], **more: Any) -> None:
@@ -221,3 +227,43 @@ def wan_vae() -> Any:
     from diffusers import AutoencoderKLWan
 
     return filled(AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1), seed=2)
+
+
+# --- names by hand, for checkpoints that no class here writes ---
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def biased(name: str, *shape: int) -> Shapes:
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
+
+
+def resnet_vae(dims: int, channels: int, latent: int, resampled: Mapping[str, int]) -> Shapes:
+    """Of latent diffusion's names: two levels of one resnet each, two in the decoder. `resampled`: {convolution: its outputs}."""
+    kernel, point = (3,) * dims, (1,) * dims
+    for part, levels, first, last in (("encoder", "down", 3, 2 * latent), ("decoder", "up", latent, 3)):
+        yield from biased(f"{part}.conv_in", channels, first, *kernel)
+        blocks = [f"{part}.{levels}.{level}.block.{i}" for level in range(2) for i in range(1 if part == "encoder" else 2)]
+        for block in (*blocks, f"{part}.mid.block_1", f"{part}.mid.block_2"):
+            for place in "12":
+                yield from biased(f"{block}.norm{place}", channels)
+                yield from biased(f"{block}.conv{place}", channels, channels, *kernel)
+        for linear in ("q", "k", "v", "proj_out"):
+            yield from biased(f"{part}.mid.attn_1.{linear}", channels, channels, *point)
+        yield from biased(f"{part}.mid.attn_1.norm", channels)
+        yield from biased(f"{part}.norm_out", channels)
+        yield from biased(f"{part}.conv_out", last, channels, *kernel)
+    for name, outputs in resampled.items():
+        yield from biased(name, outputs, channels, *kernel)
+
+
+def siglip(at: str, hidden: int, patch: tuple[int, ...]) -> Shapes:
+    """A tower of one layer, of 16 patches."""
+    layer = f"{at}encoder.layers.0."
+    yield from biased(f"{at}embeddings.patch_embedding", hidden, *patch)
+    yield f"{at}embeddings.position_embedding.weight", (16, hidden)
+    for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
+        yield from biased(f"{layer}{linear}", hidden, hidden)
+    for norm in (f"{layer}layer_norm1", f"{layer}layer_norm2", f"{at}post_layernorm"):
+        yield from biased(norm, hidden)

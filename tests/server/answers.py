@@ -40,6 +40,7 @@ from vllm.model_executor.layers.quantization import (  # noqa: E402
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E402
     compressed_tensors_moe,
+    compressed_tensors_moe_w4a4_nvfp4,
     compressed_tensors_moe_w8a8_fp8,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
@@ -95,6 +96,9 @@ def stand_in() -> None:
         if hasattr(module, "UnquantizedFusedMoEMethod"):
             module.UnquantizedFusedMoEMethod = throw_call(lambda k: "kept")
     modelopt.ModelOptFp8MoEMethod.__init__ = throw(lambda a, k: ["tensor", "static"])
+    modelopt.ModelOptNvFp4FusedMoE.__init__ = throw(lambda a, k: of_groups(k["quant_config"].quant_method == "W4A16_NVFP4"))
+    nvfp4 = compressed_tensors_moe_w4a4_nvfp4.CompressedTensorsW4A4Nvfp4MoEMethod
+    nvfp4.__init__ = throw(lambda a, k: of_groups(k["use_a16"]))
     fp8.Fp8MoEMethod.__init__ = throw(lambda a, k: of_native(a[0]))
     quark_moe.select_fp8_moe_backend = throw_call(lambda k: [of_key(k["weight_key"]), of_activation(k["activation_key"])])
     compressed_tensors_moe_w8a8_fp8.select_fp8_moe_backend = quark_moe.select_fp8_moe_backend
@@ -105,6 +109,10 @@ def throw_call(what: Any) -> Any:
         raise Experts(what(kwargs))
 
     return call
+
+
+def of_groups(weights_alone: bool) -> list[str]:
+    return ["group", "none" if weights_alone else "static"]
 
 
 def of_native(config: Any) -> list[str]:

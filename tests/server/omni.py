@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Linear:
     written  all of its weight was
     scales   {weight_scale, input_scale, ..: its first values, None where one is as the server makes it: never written}
     process  what its post-processing raised, or None
+    drift    by how much that has changed what the weight stands for, in root mean square and relative: up to 0.03 where the shards
+             of a fused linear get one scale. None where there is nothing to compare
     """
 
     prefix: str
@@ -36,10 +39,11 @@ class Linear:
     written: bool
     scales: Mapping[str, Sequence[float] | None]
     process: str | None
+    drift: float | None
 
     @property
     def quantized(self) -> bool:
-        return self.method not in ("Linear", "UnquantizedLinearMethod")
+        return self.method != "Linear" and not self.method.startswith("Unquantized")
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -85,7 +89,7 @@ class Loaded:
 
     @property
     def missing(self) -> list[str]:
-        """"component/module.weight_scale" of every quantized linear's that nothing wrote."""
+        """ "component/module.weight_scale" of every quantized linear's that nothing wrote."""
         return [
             f"{folder}/{name}.{leaf}"
             for folder, component in self.components.items()
@@ -94,15 +98,36 @@ class Loaded:
         ]
 
 
-def load(folders: Sequence[Path], **settings: Any) -> dict[Path, Loaded]:
-    """All in one process. `settings`: of OmniDiffusionConfig, such as quantization_config="fp8" for `--quantization fp8`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        jobs, results = Path(scratch, "jobs.json"), Path(scratch, "results.jsonl")
-        jobs.write_text(json.dumps([[str(folder), settings] for folder in folders]))
-        command = [PYTHON, "-W", "ignore", ROOT / "tests/server/omni_load.py", jobs, results]
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(OMNI)}, check=True, capture_output=True)
-        lines = [json.loads(line) for line in results.read_text().splitlines()]
-    return {folder: _loaded(line) for folder, line in zip(folders, lines, strict=True)}
+def load(folders: Iterable[Path], **settings: Any) -> dict[Path, Loaded]:
+    """One after the other, in a process that stays for the next ones.
+
+    `settings` are OmniDiffusionConfig's: quantization_config="fp8" for the server's `--quantization fp8`.
+    """
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    loaded = {}
+    for folder in folders:
+        print(json.dumps([str(folder), settings]), file=server.stdin, flush=True)
+        line = server.stdout.readline()
+        assert line, f"vLLM-Omni died of {folder}"
+        loaded[folder] = _loaded(json.loads(line))
+    return loaded
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    command = [PYTHON, "-W", "ignore", ROOT / "tests/server/omni_load.py"]
+    environment = {**os.environ, "PYTHONPATH": str(OMNI)}
+    pipe = subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, text=True)
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    with server:
+        server.kill()
 
 
 def _loaded(line: Mapping[str, Any]) -> Loaded:

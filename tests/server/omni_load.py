@@ -1,15 +1,12 @@
 """Loads diffusion pipelines with the real vLLM-Omni, watched: the pipeline's class, its adapter and its loader, on the CPU.
 
-    python omni_load.py JOBS.json RESULTS.jsonl
-
-Runs in the interpreter that has vLLM, with the folder of vllm_omni and diffusers on PYTHONPATH. JOBS.json: [[folder, settings]],
-the settings those of OmniDiffusionConfig, which a server's flags become. RESULTS.jsonl gets a line a job, as soon as it is loaded,
-of what tests/server/omni.py makes a `Loaded` of. It goes the way of
+Runs in the interpreter that has vLLM, with the folder of vllm_omni and diffusers on PYTHONPATH. A JSON line for each JSON line:
+[folder, settings] -> what tests/server/omni.py makes a `Loaded` of. The settings are those of OmniDiffusionConfig, which a server's
+flags become. It goes the way of
 OMNI/diffusion/worker/diffusion_worker.py and diffusion_model_runner.py: OmniDiffusionConfig.enrich_config, then
 DiffusersPipelineLoader.load_model with its initialize_model, load_weights and _process_weights_after_loading.
 
-Beside what omni_stand_ins.py stands in for, two things are set apart: memory that nobody wrote is filled with NaN, so that it is the
-same each time, and linears are post-processed one by one, so that one failure doesn't hide another.
+Beside what omni_stand_ins.py stands in for, linears are post-processed one by one, so that one failure doesn't hide another.
 """
 
 from __future__ import annotations
@@ -34,9 +31,12 @@ os.environ |= {
     "TQDM_DISABLE": "1",
 }
 
-import omni_stand_ins
-import torch
-from behavior import vllm_child
+answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)  # whatever the server prints
+
+import omni_stand_ins  # noqa: E402 - vLLM is imported in that environment
+import torch  # noqa: E402
+from behavior import vllm_child  # noqa: E402
 
 omni_stand_ins.install()
 child = vllm_child()
@@ -57,9 +57,12 @@ def load(folder: str, settings: Mapping[str, Any], scratch: Path) -> dict[str, A
         config.enrich_config()
         result |= {"stage": "create", "pipeline": config.model_class_name, "quantization": _method(config.quantization_config)}
         loader = _loader(config, result)
-        with child._beside("vllm_stand_ins").stand_in([]), omni_stand_ins.of_folder(config):
-            with omni_stand_ins.surroundings(config, scratch):
-                loader.load_model("cpu", device=torch.device("cpu"))
+        with (
+            child._beside("vllm_stand_ins").stand_in([]),
+            omni_stand_ins.of_folder(config),
+            omni_stand_ins.surroundings(config, scratch),
+        ):
+            loader.load_model("cpu", device=torch.device("cpu"))
         result["stage"] = "done"
     except Exception as problem:
         result["error"] = child._described(problem)
@@ -118,7 +121,9 @@ def _loader(config: Any, result: dict[str, Any]) -> Any:
                 keys, parameters = tracker.finish(model.named_parameters())
                 result["problems"] = tracker.problems
                 for source in sources:
-                    stored = {key.removeprefix(_key(source, "")): of for key, of in keys.items() if key.startswith(_key(source, ""))}
+                    stored = {
+                        key.removeprefix(_key(source, "")): of for key, of in keys.items() if key.startswith(_key(source, ""))
+                    }
                     result["components"][source.subfolder or ""] = {
                         "adapter": source.prefix in adapted,
                         "dequantized": sorted(name for name in stored if _key(source, name) in dequantized),
@@ -131,8 +136,12 @@ def _loader(config: Any, result: dict[str, Any]) -> Any:
             for source in self._get_weight_sources(model):
                 linears = result["components"][source.subfolder or ""]["linears"]
                 for name, module in _linears(model, source.prefix):
+                    if name.rpartition(".")[0] in linears:
+                        continue  # of BAGEL's, whose second weight is a module within the linear: processed with it
+                    before = _values(module)
                     try:
                         process(module, target_device)
+                        linears[name]["drift"] = _drift(before, _values(module))
                     except Exception as problem:
                         linears[name]["process"] = f"{type(problem).__name__}: {problem}"
 
@@ -141,23 +150,28 @@ def _loader(config: Any, result: dict[str, Any]) -> Any:
 
 def _component(model: Any, prefix: str, stored: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """`stored` and `parameters` as the tracker has them, of the component and of the whole pipeline."""
-    owner = model.get_submodule(prefix.rstrip("."))
     own = {name.removeprefix(prefix): of for name, of in parameters.items() if name.startswith(prefix)}
-    linears = {}
-    for name, module in _linears(model, prefix):
-        values = {leaf: _scale(p, own[f"{name}.{leaf}"]) for leaf, p in module.named_parameters() if "scale" in leaf}
-        weight = own.get(f"{name}.weight", {"dtype": "none", "shape": (), "elements": 0, "written": 0})
-        linears[name] = {
-            "prefix": getattr(module, "prefix", name), "method": type(getattr(module, "quant_method", module)).__name__,
-            "dtype": weight["dtype"].removeprefix("torch."), "shape": weight["shape"],
-            "written": weight["written"] == weight["elements"], "scales": values, "process": None,
-        }  # fmt: skip
     return {
-        "class": type(owner).__name__,
-        "linears": linears,
+        "class": type(model.get_submodule(prefix.rstrip("."))).__name__,
+        "linears": {name: _linear(name, module, own) for name, module in _linears(model, prefix)},
         "unwritten": [name for name, of in own.items() if of["written"] < of["elements"]],
         "unread": [name for name, of in stored.items() if not of["parameters"]],
         "parameters": {name: of["keys"] for name, of in own.items()},
+    }
+
+
+def _linear(name: str, module: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    tracked = {leaf: own[f"{name}.{leaf}"] for leaf, _ in module.named_parameters(recurse=False) if f"{name}.{leaf}" in own}
+    weights = [of for leaf, of in tracked.items() if leaf.endswith("weight")]
+    return {
+        "prefix": getattr(module, "prefix", None) or getattr(module, "layer_name", None) or name,
+        "method": type(getattr(module, "quant_method", module)).__name__,
+        "dtype": weights[0]["dtype"].removeprefix("torch.") if weights else "none",
+        "shape": weights[0]["shape"] if weights else (),
+        "written": all(of["written"] == of["elements"] for of in weights),
+        "scales": {leaf: _scale(getattr(module, leaf), of) for leaf, of in tracked.items() if "scale" in leaf},
+        "process": None,
+        "drift": None,
     }
 
 
@@ -168,16 +182,39 @@ def _scale(parameter: Any, tracked: Mapping[str, Any]) -> list[float] | None:
     return None if left else values[:SHOWN].tolist()
 
 
+def _values(module: Any) -> Any:
+    """F32 [out, in]: what its codes and scales stand for. None for experts, in full precision, and for weights in a kernel's layout."""
+    weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale", None)
+    if weight is None or scale is None or weight.numel() != module.output_size_per_partition * module.input_size_per_partition:
+        return None
+    if weight.shape[0] != module.output_size_per_partition or not weight.is_contiguous():
+        weight = weight.t()  # a kernel's: the post-processing of FP8 and of INT8 leaves a view
+    scale = scale.float().flatten()
+    if scale.numel() == len(module.logical_widths) > 1:
+        scale = scale.repeat_interleave(torch.tensor(module.logical_widths))
+    return weight.float() * scale.reshape(-1, 1)
+
+
+def _drift(before: Any, after: Any) -> float | None:
+    """By how much the post-processing has changed what a weight stands for, in root mean square, relative to it."""
+    return None if before is None or after is None else float((after - before).norm() / before.norm())
+
+
 def _key(source: Any, name: str) -> str:
     return f"{source.subfolder or ''}/{name}"
 
 
 def _linears(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """What multiplies: the experts of a layer count as one."""
     from torch.nn import Linear
-    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+    from vllm.model_executor.layers.linear import LinearMethodBase
 
     for name, module in model.named_modules():
-        if name.startswith(prefix) and isinstance(module, Linear | LinearBase):
+        method = getattr(module, "quant_method", None)
+        weighty = any(True for _ in module.parameters(recurse=False))
+        multiplies = isinstance(module, Linear) or isinstance(method, LinearMethodBase | FusedMoEMethodBase)
+        if name.startswith(prefix) and weighty and multiplies:
             yield name.removeprefix(prefix), module
 
 
@@ -186,10 +223,9 @@ def _method(config: Any) -> str | None:
 
 
 def main() -> None:
-    jobs, results = map(Path, sys.argv[1:])
-    with tempfile.TemporaryDirectory() as scratch, results.open("w", encoding="utf-8") as out:
-        for folder, settings in json.loads(jobs.read_text(encoding="utf-8")):
-            print(json.dumps(load(folder, settings, Path(scratch))), file=out, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in sys.stdin:
+            print(json.dumps(load(*json.loads(line), Path(scratch))), file=answers, flush=True)
             gc.collect()
 
 

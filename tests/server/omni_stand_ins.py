@@ -3,9 +3,10 @@
 the package    its `__init__` imports servers of language models and patches vLLM 0.30 from within; here it is its folder alone
 MISSING        packages that its modules import, and that no load of weights uses: caches of blocks, video files, tables, configs
 a platform     for the CPU, which it has none of: gloo, torch's attention
-INT8, MXFP     its methods that serve on GPUs and on NPUs: their tensors are made and loaded as there, and those of NPUs are not
-               post-processed, which is torch_npu's
+INT8, MXFP     its methods that serve on GPUs and on NPUs: their tensors are made and loaded as there, INT8's post-processed by the
+               kernel of GPUs, those of NPUs not at all, which is torch_npu's
 Z-Image        its pipeline makes the transformer with the published sizes, whatever config.json says: here with the folder's
+BAGEL          the same of its VAE: here a small one
 HunyuanImage-3 its config is code that the hub has beside the weights; here vLLM-Omni's own class of it
 """
 
@@ -16,6 +17,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -105,13 +107,22 @@ def install() -> None:
         def is_npu(self) -> bool:
             return True
 
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    class OnGpu(linear.CutlassInt8ScaledMMLinearKernel):  # type: ignore[misc]
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            return True, None
+
+    linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU] = [OnGpu]
     int8_config.current_omni_platform = Gpu()
     mxfp4_config.current_omni_platform = mxfp8_config.current_omni_platform = Npu()
 
 
 @contextmanager
 def of_folder(config: Any) -> Iterator[None]:
-    """Z-Image's transformer with the sizes of its config.json; HunyuanImage-3's config without code from its folder."""
+    """What these pipelines take from elsewhere, from the folder of a tiny one."""
     swaps: list[tuple[Any, str, Any]] = []
     if config.model_class_name == "ZImagePipeline":
         from vllm_omni.diffusion.models.z_image import pipeline_z_image
@@ -127,6 +138,11 @@ def of_folder(config: Any) -> Iterator[None]:
             return hunyuan_image3_transformer.HunyuanImage3Config.from_pretrained(model)
 
         swaps = [(pipeline_hunyuan_image3, "get_config", get_config)]
+    elif config.model_class_name == "BagelPipeline":
+        from vllm_omni.diffusion.models.bagel import pipeline_bagel
+
+        published = pipeline_bagel.default_ae_params
+        swaps = [(pipeline_bagel, "default_ae_params", lambda: replace(published(), ch=32, ch_mult=[1, 1], num_res_blocks=1))]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
     for owner, name, value in swaps:
         setattr(owner, name, value)

@@ -52,5 +52,5 @@ DENOISER = Denoiser(
         depth="text_config.num_hidden_layers",
         linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     ),
-    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor")}),
+    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor", "fp8-block")}),
 )

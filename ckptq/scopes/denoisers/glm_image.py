@@ -44,5 +44,5 @@ DENOISER = Denoiser(
         "norm_out*",
         "proj_out*",
     ),
-    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor")}),
+    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor", "fp8-block")}),
 )

@@ -43,5 +43,5 @@ DENOISER = Denoiser(
     ),
     modules=MappingProxyType({"attn.to_out.0": "attn.to_out"}),
     ignore=("*img_mod*", "*txt_mod*", "img_in", "txt_in", "time_text_embed*", "norm_out*", "proj_out*"),
-    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor"), "int8": ("int8",)}),
+    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor", "fp8-block"), "int8": ("int8",)}),
 )

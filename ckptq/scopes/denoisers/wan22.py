@@ -39,7 +39,7 @@ DENOISER = Denoiser(
     formats=MappingProxyType(
         {
             "modelopt": ("fp8", "fp8-dynamic"),
-            "fp8": ("fp8", "fp8-tensor"),
+            "fp8": ("fp8", "fp8-tensor", "fp8-block"),
             "mxfp8": ("mxfp8",),
             "mxfp4-dualscale": ("mxfp4-dualscale",),
         }

@@ -46,5 +46,5 @@ DENOISER = Denoiser(
         ),
         others=("lm_head",),
     ),
-    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor"), "int8": ("int8",)}),
+    formats=MappingProxyType({"modelopt": ("fp8", "fp8-dynamic"), "fp8": ("fp8", "fp8-tensor", "fp8-block"), "int8": ("int8",)}),
 )

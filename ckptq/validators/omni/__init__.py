@@ -6,19 +6,20 @@ the others.
 
 from __future__ import annotations
 
+import dataclasses
+
+from ckptq.checkpoint import Inventory
 from ckptq.scopes.denoisers import Denoiser
 from ckptq.validators import Finding, Stored, warning
 from ckptq.validators.formats import SCALE_KINDS
-from ckptq.validators.omni import others, sections, tensors
+from ckptq.validators.omni import others, pipeline, sections, tensors
 from ckptq.validators.omni.built import Built, build
-
-FILE = "config.json: quantization_config"
 
 
 def check_component(folder: str, stored: Stored, denoiser: Denoiser, pipeline: str | None) -> list[Finding]:
     """What the server would find wrong with a denoiser, or would not find: names, dtypes, shapes, its config. Pure, no torch.
 
-    folder    of the component in the pipeline; "" for a root checkpoint
+    folder    of the component in the pipeline, which findings begin with; "" for a root checkpoint
     pipeline  `_class_name` of model_index.json; None for a root checkpoint
     Raises SourceError for a config without its numbers of blocks, UnsupportedError for a method that the server knows and ckptq
     does not.
@@ -26,9 +27,24 @@ def check_component(folder: str, stored: Stored, denoiser: Denoiser, pipeline: s
     return examine(folder, stored, denoiser)[0]
 
 
+def check_pipeline(inventory: Inventory) -> list[Finding]:
+    """What the components do to one another. Raises UnsupportedError for a pipeline, or a format, that ckptq does not know."""
+    return list(pipeline.check(inventory))
+
+
 def examine(folder: str, stored: Stored, denoiser: Denoiser) -> tuple[list[Finding], Built | None]:
-    """(findings, what the server will build, or None where it builds nothing quantized)."""
-    at = f"{folder}/{FILE}" if folder else FILE
+    """(findings of `check_component`, what the server will build, or None where it builds nothing quantized)."""
+    findings, built = _examine(folder, stored, denoiser)
+    return [inside(folder, finding) for finding in findings], built
+
+
+def inside(folder: str, finding: Finding) -> Finding:
+    """The finding with its component before its subject."""
+    return dataclasses.replace(finding, subject=f"{folder}/{finding.subject}") if folder else finding
+
+
+def _examine(folder: str, stored: Stored, denoiser: Denoiser) -> tuple[list[Finding], Built | None]:
+    at = "config.json: quantization_config"
     section = sections.section_of(stored.config)
     if section is None:
         return ([sections.no_section(at)] if _coded(stored) else []), None
