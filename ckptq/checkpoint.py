@@ -17,6 +17,7 @@ from typing import Any
 
 from ckptq.errors import SourceError
 from ckptq.folder import printable, refuse_outside, walk
+from ckptq.foreign import refuse_foreign
 from ckptq.index import INDEX, Disagreement, compare_index, index_name, natural, read_index, refuse_differences
 from ckptq.json_file import read_json, read_text_and_json
 from ckptq.reader import Reader, fingerprint
@@ -225,6 +226,7 @@ def _weight_files(base: Path, weight_map: Mapping[str, str] | None, strict: bool
 def _refuse_absent(base: Path, file: str, index: str, *, indexed: bool) -> None:
     refuse_outside(base / file, base)
     if not (base / file).exists():
+        refuse_foreign(base)
         found = [printable(p.name) for p in sorted(base.glob("*.safetensors"))]
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         named = f"named by {index}" if indexed else f"expected where there is no {index}"
@@ -239,6 +241,7 @@ def read_config(base: Path) -> tuple[str, dict[str, Any]]:
     try:
         text, config = read_text_and_json(base / "config.json")
     except FileNotFoundError:
+        refuse_foreign(base)
         raise SourceError(f"{base}: has no config.json, so it is no Hugging Face checkpoint") from None
     if not isinstance(config, dict):
         raise SourceError(f"{base / 'config.json'}: expected a JSON object, found {type(config).__name__}")

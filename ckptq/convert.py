@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptq import cost, hub, reuse, validate
+from ckptq import cost, hub, reuse, routing, validate
 from ckptq.calibration import load_samples
 from ckptq.checkpoint import INDEX, PIPELINE
 from ckptq.console import Console
@@ -163,7 +163,9 @@ def _notes(job: Prepared) -> Iterator[str]:
 
 def _serve(job: Prepared, output: Path) -> str:
     denoisers = [part.scope for part in job.parts if isinstance(part.scope, Denoiser)]
+    if any(part.scope is None for part in job.parts):
+        return ""
     if not denoisers:
-        return f"vllm serve {shlex.quote(str(output))}" if isinstance(job.parts[0].scope, Scope) else ""
+        return f"vllm serve {shlex.quote(str(output))}"
     option = denoisers[0].options.get(job.recipe.export.format, "")
     return f"vllm serve {shlex.quote(str(output))} --omni {option}".rstrip()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from greenlet import GreenletExit
 
 from ckptq.calibration import Sample, load_samples
 from ckptq.checkpoint import Inventory, read_inventory
@@ -121,7 +122,7 @@ class _Work:
 
     def _prompt(self, number: int) -> Callable[[], Any]:
         pipeline = self._pipeline.make()
-        given = arguments(pipeline, self._settings, self._samples[number], number)
+        given = arguments(pipeline, self._settings, self._samples[number], number) | {"callback_on_step_end": _stop}
 
         def prompt() -> None:
             try:
@@ -197,6 +198,13 @@ class _Work:
             self._console.note(f"denoise: prompts passed in up to {waves} waves, for want of memory; each read all blocks")
         if passes > self._settings.steps:
             self._console.note(f"denoise: the pipeline ran its denoisers {passes} times in {self._settings.steps} steps")
+
+
+def _stop(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Ends a prompt after its last step: some pipelines ask things of the VAE even if nothing is decoded."""
+    if step + 1 == pipeline.num_timesteps:
+        raise GreenletExit
+    return values
 
 
 def _note(seen: Seen, observer: Observer, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -66,7 +66,7 @@ def write_files(
         (body,) = bodies.values()
     else:
         files = digest.of_files(journal.model, digest.recorded(job.kept))
-        body = {"components": bodies, "digests": {"files": files}}
+        body = {"components": bodies, "digests": {"tensors": {}, "files": files}}
     write_text(journal.model / RECORD, json.dumps({"job": record, **body}, indent=1) + "\n")
     sync_folder(journal.model)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,6 +140,8 @@ def _snapshot(repo: str, revision: str | None, allow: list[str] | None = None, i
 def _header_reader(root: Path, remote: Mapping[str, Header]) -> Callable[[Path], Header]:
     def header(path: Path) -> Header:
         known = remote.get(path.relative_to(root).as_posix())
+        if known is None and not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return read_header(path) if known is None else known
 
     return header

@@ -14,6 +14,7 @@ from ckptq.cost import Cost
 from ckptq.denoise_cost import Reads, reads, refuse_unrunnable
 from ckptq.errors import RecipeError, UnsupportedError
 from ckptq.exporters import find_exporter
+from ckptq.foreign import refuse_foreign
 from ckptq.mistakes import close
 from ckptq.plan import Plan
 from ckptq.plan_denoiser import build_denoiser_plan, written_component
@@ -21,7 +22,7 @@ from ckptq.planner import build_plan
 from ckptq.recipe import Recipe
 from ckptq.reuse import Reused
 from ckptq.scopes import Scope
-from ckptq.scopes.denoisers import Denoiser, all_denoisers, find_denoiser
+from ckptq.scopes.denoisers import Denoiser, find_denoiser
 from ckptq.sections import PromptCalibration, Treatment
 from ckptq.spelled import choose_scope
 from ckptq.unstack import unstack
@@ -171,6 +172,7 @@ def _refuse_other_kind(recipe: Recipe, inventory: Inventory) -> None:
                 hint=f"it has {', '.join(known)}",
             )
         if component not in folders and treatment.action != "keep":
+            refuse_foreign(inventory.root / component)
             raise RecipeError(
                 f"components.{component}: it has no weights in safetensors", hint=f"those that have: {', '.join(folders)}"
             )
@@ -216,10 +218,9 @@ def _denoiser(recipe: Recipe, treatment: Treatment, inventory: Inventory, compon
     pipeline = inventory.pipeline["_class_name"] if inventory.pipeline else None
     denoiser = find_denoiser(component.config, pipeline)
     if denoiser is None or component.folder not in denoiser.folders:
-        known = ", ".join(sorted(name for d in all_denoisers() for name in d.pipelines))
-        what = component.config.get("_class_name") or component.folder
+        said = component.config.get("architectures") or [component.config.get("_class_name") or component.folder]
         raise UnsupportedError(
-            f"components.{component.folder}: no server takes a quantized {what} in {pipeline}; denoisers are known of {known}",
+            f"components.{component.folder}: no server is known that takes a quantized {said[0]} in {pipeline}",
             hint=f"write `{component.folder}: keep`, or `fp8-storage` for files that a loader turns back to BF16",
         )
     seen = written_component(component, denoiser, recipe.export.format)

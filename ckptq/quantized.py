@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ckptq import json_file
+from ckptq import foreign, json_file
 from ckptq.checkpoint import FLOATS, Codes, Component, Inventory, SourceTensor, TensorSpec
 from ckptq.config_text import remove_section
 from ckptq.errors import CkptqError, RecipeError, SourceError, UnsupportedError
@@ -42,6 +42,8 @@ def describe(component: Component) -> str:
     said = _said(component)
     if said:
         return f"{said}; {count}" if fp8 else said
+    if found := next(_telling(component), None):
+        return found
     narrow = next((t.spec for t in component.tensors.values() if t.spec.dtype.startswith("F8")), None)
     return f"{printable(narrow.name)} is {narrow.dtype}" if narrow else ""
 
@@ -54,8 +56,22 @@ def _said(component: Component) -> str:
             inner = section.get("quantization")
             algo = section.get("quant_algo") or (inner.get("quant_algo") if isinstance(inner, Mapping) else section.get("format"))
             where = "" if path == _SECTIONS[:1] else f" in {'.'.join(path)}"
-            return f"config.json says quant_method {section.get('quant_method')!r}" + (f", {algo}" if algo else "") + where
+            told = foreign.METHODS.get(str(section.get("quant_method")), "")
+            known = f"quant_method {section.get('quant_method')!r}" + (f", {algo}" if algo else "") + where
+            return f"config.json says {known}" + (f"; it is {told}" if told else "")
+    if found := foreign.whose(component.sidecars):
+        return found
     return f"there is a {_FILES[0]}" if _FILES[0] in component.sidecars else ""
+
+
+def _telling(component: Component) -> Iterator[str]:
+    """What single tensors tell where nothing else does."""
+    for name, tensor in component.tensors.items():
+        leaf, dtype = name.rpartition(".")[2], tensor.spec.dtype
+        if leaf in foreign.TENSORS:
+            yield f"{printable(name)} is stored; it is {foreign.TENSORS[leaf]}"
+        elif leaf == "weight" and dtype not in FLOATS and not dtype.startswith("F8"):
+            yield f"{printable(name)} is {dtype}"
 
 
 def refuse(component: Component) -> None:

@@ -104,16 +104,8 @@ def examine(
 
         if target == "vllm":
             raise UnsupportedError("--target vllm: this is a diffusion pipeline, which vLLM-Omni serves", hint="leave --target out")
-        return examine_pipeline(
-            folder,
-            source=source,
-            values=values,
-            passthrough=passthrough,
-            staged=staged,
-            copied=copied,
-            progress=progress,
-            header=header,
-        )
+        options: dict[str, Any] = {"values": values, "passthrough": passthrough, "staged": staged, "copied": copied}
+        return examine_pipeline(folder, source=source, progress=progress, header=header, **options)
     refuse_unfinished(folder, staged=staged)
     inventory = read_inventory(folder, header, strict=False)
     main = inventory.main

@@ -14,7 +14,7 @@ from ckptq.validate import Stages, Validation, refuse_unfinished
 from ckptq.validators import Finding, Stored, error, files, omni, record
 from ckptq.validators.formats import Format
 from ckptq.validators.grouping import group
-from ckptq.validators.omni import pipeline
+from ckptq.validators.omni import int8, pipeline
 from ckptq.validators.omni.built import Built
 from ckptq.validators.servers import OMNI
 from ckptq.validators.vllm_rules import ServerLinear
@@ -110,8 +110,9 @@ def _values(
 ) -> Iterator[Finding]:
     from ckptq.validators import values
 
+    found = [] if at is None else [*int8.check(inventory.root, component, at)]
     linears = [ServerLinear(x.prefix, tuple(names[0] for names in at.units(x)), "layers") for x in at.linears] if at else []
-    for finding in values.check(inventory.root, component, linears, advance, digests):
+    for finding in (*found, *values.check(inventory.root, component, linears, advance, digests)):
         yield omni.inside(component.folder, finding)
 
 

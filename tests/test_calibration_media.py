@@ -95,6 +95,7 @@ def test_audio_that_cannot_be_read(tmp_path: Path, fault: Callable[[Path], None]
     fault(tmp_path / "a.wav")
     with pytest.raises(CalibrationError, match=said) as refused:
         load_samples(media(tmp_path / "samples.jsonl"))
+    assert str(refused.value).startswith("samples.jsonl:1: a.wav: ")
     assert fault is no_file or "ffmpeg -i a.wav" in str(refused.value.hint)
 
 
@@ -127,7 +128,7 @@ def test_a_smaller_number_gives_the_first_of_a_larger() -> None:
         ('{"text": "x", "prompt": ["y"]}', "samples.jsonl:2: 'prompt' should be a text, found list"),
         ('{"audio": "a.wav"}', "samples.jsonl:2: has no 'text'"),
         ('{"text": " "}', "samples.jsonl:2: has no 'text'"),
-        ('{"text": "x", "image": "a.png"}', "a.png: no such file"),
+        ('{"text": "x", "image": "a.png"}', "samples.jsonl:2: a.png: no such file"),
     ],
 )
 def test_lines_that_cannot_be_understood(tmp_path: Path, line: str, said: str) -> None:

@@ -143,8 +143,8 @@ def add_tensor(model: Path, name: str) -> None:
     (model / INDEX).write_text(json.dumps(index))
 
 
-def start(model: Path, output: Path, console: Console) -> Report:
-    recipe = load_recipe("demo", ["calibration.samples=2"], model=str(model), output=str(output))
+def start(model: Path, output: Path, console: Console, *settings: str) -> Report:
+    recipe = load_recipe("demo", ["calibration.samples=2", *settings], model=str(model), output=str(output))
     return convert(prepare(recipe), resume=False, device="cpu", memory=None, console=console)
 
 
@@ -162,9 +162,19 @@ def test_warnings_of_the_plan_are_told_before_anything_runs(
     copy_model: Callable[[Path], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     add_tensor(model := copy_model(tmp_path), "lm_head.bias")
-    assert start(model, tmp_path / "out", Console()).carried == ("lm_head.bias",)
+    report = start(model, tmp_path / "out", Console())
+    assert report.carried == ("lm_head.bias",)
+    bias = next(f for f in report.findings if f.code == "values.bias-dropped")
+    assert bias.severity == "warning", "the source's own fault, which a conversion does not mend"
     first, *_ = capfd.readouterr().err.splitlines()
     assert first.startswith("warning: of the planned output: layout.unknown-tensor: lm_head.bias: stored: vLLM has no place ")
+
+
+def test_all_experts_of_a_model_without_any_is_said_to_do_nothing(
+    example_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start(example_model, tmp_path / "out", Console(), "calibration.all_experts=true")
+    assert "warning: calibration.all_experts does nothing here: this model has no routed experts" in capfd.readouterr().err
 
 
 def test_an_output_that_would_not_be_served_right_is_not_published(

@@ -33,7 +33,7 @@ from ckptq.plan import Encode, Plan, Scale
 from ckptq.planner import build_plan
 from ckptq.quantized import dense
 from ckptq.recipe import Recipe, load_recipe
-from ckptq.routing import unreached, warning
+from ckptq.routing import idle, unreached, warning
 from ckptq.scopes import find_scope
 from ckptq.scopes.qwen3_vl_moe import SCOPE as TOGETHER
 from ckptq.streamed import StreamedModel
@@ -283,6 +283,8 @@ def test_words_on_experts_without_a_token() -> None:
         in told
     )
     assert warning(few, all_experts=True) == ""
+    assert idle([TOGETHER]) == ""
+    assert "does nothing" in idle([dataclasses.replace(TOGETHER, experts=None)])
 
 
 def test_every_expert_can_see_every_token(source: Path, tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ PEERS = {
     "vl-modelopt-w4a16-peer": "qwen25vl-lm-nvfp4a16-modelopt",
     "vl-modelopt-mxfp8-peer": "qwen25vl-lm-mxfp8-modelopt",
     "vl-modelopt-mixedkv-peer": "qwen25vl-lm-mixed-modelopt",
+    "moe-modelopt-fp8kv-peer": "qwen3-moe-fp8",
+    "moe-modelopt-nvfp4kv-peer": "qwen3-moe-nvfp4",
     "vl-ct-fp8kv-peer": "qwen25vl-lm-fp8-compressed-tensors",
     "vl-ct-dynamic-peer": "qwen25vl-lm-fp8-dynamic-compressed-tensors",
     "vl-ct-block-peer": "qwen25vl-lm-fp8-block-compressed-tensors",

@@ -225,7 +225,7 @@ def test_experts_are_cut_in_whole_blocks_or_not_at_all() -> None:
 
 def test_nothing_refuses_experts_in_groups_that_are_cut() -> None:
     form = of_experts(MODELOPT_NVFP4)
-    assert moe(16, form) == moe(48, form) == moe(64, form, ep=True) == []  # 48 and 16 columns a rank
+    assert moe(16, form) == moe(32, form, ep=True) == []  # 48 columns a rank, or all
     assert moe(32, form) == ["error expert-block"]  # 24
     pairs = expert(0)
     shapes = {module: size for linear, sizes in pairs for module, size in zip(linear.shards, sizes, strict=True)}

@@ -338,15 +338,19 @@ def test_shards_with_scales_of_their_own_are_mended_where_that_can_be_done(good:
 # --- experts ---
 
 
-def experts(folder: Path, inputs: dict[str, float], of_input: str = "input_scale", beside: str = "") -> list[Finding]:
-    """Findings on one layer of four experts, input scales 0.01 but for those given as `expert.linear`. `beside`: NVFP4's."""
+def experts(folder: Path, inputs: dict[str, float], name_of_all: str = "", divide: bool = False) -> list[Finding]:
+    """Findings on one layer of four experts, input scales 0.01 but for those given as `expert.linear`.
+
+    `name_of_all`: of the scale of the whole tensor that NVFP4 has. `divide`: the reciprocals are stored, under another name.
+    """
     config = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 1, "num_experts": 4, "quantization_config": {}}
     tensors: Tensors = {}
     for expert in range(4):
         for name in ("gate_proj", "up_proj", "down_proj"):
             at = f"model.layers.0.mlp.experts.{expert}.{name}"
-            tensors[f"{at}.{of_input}"] = torch.tensor(inputs.get(f"{expert}.{name}", 0.01))
-            tensors |= {f"{at}.{beside}": torch.tensor(1e-4 if beside == "weight_scale_2" else 1e4)} if beside else {}
+            value = torch.tensor(inputs.get(f"{expert}.{name}", 0.01))
+            tensors[f"{at}.input_{'global_' if divide else ''}scale"] = 1 / value if divide else value
+            tensors |= {f"{at}.{name_of_all}": torch.tensor(1e4 if divide else 1e-4)} if name_of_all else {}
     save_file(tensors, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return check(folder)
@@ -383,13 +387,9 @@ SPLIT, SPREAD = [("values.input-scale-split", "warning")], [("values.input-scale
     ],
 )
 def test_input_scales_of_experts_in_nvfp4(tmp_path: Path, inputs: dict[str, float], expected: list[tuple[str, str]]) -> None:
-    """vLLM keeps those of gate and up both, and takes the largest of all experts: a divisor is small where that is large."""
-    divisors = {name: 1e-4 / value for name, value in inputs.items()}
-    for of_input, stored, beside in (
-        ("input_scale", inputs, "weight_scale_2"),
-        ("input_global_scale", divisors, "weight_global_scale"),
-    ):
-        assert [(f.code, f.severity) for f in experts(tmp_path, stored, of_input, beside)] == expected
+    """vLLM keeps those of gate and up both, and takes the largest of all experts, of divisors the smallest."""
+    for name_of_all, divide in (("weight_scale_2", False), ("weight_global_scale", True)):
+        assert [(f.code, f.severity) for f in experts(tmp_path, inputs, name_of_all, divide)] == expected
 
 
 # --- memory ---

@@ -136,9 +136,11 @@ def verdict(findings: Sequence[Finding], strict: bool = False) -> str:
     return f"{'FAILED' if failed else 'OK'}: {', '.join(said) or 'no findings'}{only_strict}"
 
 
-def rules(found: Rules) -> str:
-    """`vLLM 0.32 (tried on the real one)`."""
+def rules(outcome: Outcome) -> str:
+    """`vLLM 0.32 (tried on the real one)`. A scope that is not ckptq's was tried with no server."""
+    found = outcome.rules
     how = "tried on the real one" if found.verified == "loaded" else "read in its source, not tried"
+    how = how if outcome.scope is None or outcome.scope[1] == "ckptq" else "not tried with this scope"
     return f"{found.server} {found.version} ({how})"
 
 

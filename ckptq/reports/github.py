@@ -23,7 +23,7 @@ def text(outcome: Outcome) -> str:
         said = "\n".join(filter(None, (refusal.message, refusal.hint)))
         return command("error", safe_text(said, lines=True), title=title) + "\n"
     lines = [*_annotations(outcome, "error"), *_annotations(outcome, "warning")]
-    conclusion = f"{verdict(outcome.findings, outcome.asked.strict)}, by the rules of {rules(outcome.rules)}"
+    conclusion = f"{verdict(outcome.findings, outcome.asked.strict)}, by the rules of {rules(outcome)}"
     return "\n".join([*lines, command("notice", conclusion, title=title)]) + "\n"
 
 

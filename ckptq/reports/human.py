@@ -58,8 +58,7 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 
 def _facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    asked = outcome.asked
-    yield "rules", rules(outcome.rules)
+    yield "rules", rules(outcome)
     if outcome.scope and outcome.scope[1] != "ckptq":
         yield "scope", f"{outcome.scope[0]}, as {outcome.scope[1]} spells it out; ckptq has none of its own to compare it with"
     if outcome.built:

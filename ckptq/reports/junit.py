@@ -18,7 +18,7 @@ def text(outcome: Outcome) -> str:
     properties = SubElement(suite, "properties")
     facts = {
         "ckptq": __version__,
-        "rules": rules(outcome.rules) if outcome.refusal is None else "none",
+        "rules": rules(outcome) if outcome.refusal is None else "none",
         "strict": str(outcome.asked.strict).lower(),
         "checked": ", ".join(f"{c.what}: {amount(c.amount, c.unit)}" for c in outcome.checked) or "nothing",
         "verdict": verdict(outcome.findings, outcome.asked.strict) if outcome.refusal is None else "none: it can't be read",

@@ -198,7 +198,7 @@ class Scope:
         """The language model's part of config.json, empty where there is none. Old files keep its keys at the top level."""
         section = at_path(config, self.text_config) if self.text_config else config
         known = "num_hidden_layers" in {*section, *self.assumed} if isinstance(section, Mapping) else False
-        found = section if isinstance(section, Mapping) and known else config if self.flat else {}
+        found = section if isinstance(section, Mapping) and known else config if self.flat or not self.text_config else {}
         return {**self.assumed, **found} if self.assumed else found
 
     def layer_count(self, config: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """OmniGen2: blocks of Lumina 2's kind, and a refiner for each of text, image and reference images.
 
-diffusers has no class of it. Its own code's modules are named as those of diffusers' Lumina 2, of which the transformer here is made.
+diffusers has no class of it. Its own code names its modules as diffusers' Lumina 2 does, whose blocks the transformer here has.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ from pipelines import Pipeline, qwen_image
 
 
 def make(folder: Path, layers: int = 2, pipeline: str = "QwenImageEditPipeline", **config: object) -> None:
-    """`pipeline`: of later releases "QwenImageEditPlusPipeline", the last of them with zero_cond_t=True in the transformer's config."""
+    """`pipeline`: "QwenImageEditPlusPipeline" for later releases, the last with zero_cond_t=True in the transformer's config."""
     from pipelines import parts
 
     qwen_image.make(folder, layers, **config)

@@ -183,7 +183,7 @@ def _scale(parameter: Any, tracked: Mapping[str, Any]) -> list[float] | None:
 
 
 def _values(module: Any) -> Any:
-    """F32 [out, in]: what its codes and scales stand for. None for experts, in full precision, and for weights in a kernel's layout."""
+    """F32 [out, in]: what its codes and scales stand for. None for experts, in full precision, of other scales and layouts."""
     weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale", None)
     if weight is None or scale is None or weight.numel() != module.output_size_per_partition * module.input_size_per_partition:
         return None
@@ -192,7 +192,7 @@ def _values(module: Any) -> Any:
     scale = scale.float().flatten()
     if scale.numel() == len(module.logical_widths) > 1:
         scale = scale.repeat_interleave(torch.tensor(module.logical_widths))
-    return weight.float() * scale.reshape(-1, 1)
+    return weight.float() * scale.reshape(-1, 1) if scale.numel() in (1, len(weight)) else None
 
 
 def _drift(before: Any, after: Any) -> float | None:

@@ -44,6 +44,7 @@ DENOISER = Denoiser(
         "timestep_r_emb.*",
         "guidance_emb.*",
     ),
+    modules=MappingProxyType({"mlp.experts": "mlp.experts.routed_experts"}),
     ignore=(
         "*.mlp.gate",
         "lm_head",

@@ -11,9 +11,9 @@ import dataclasses
 from ckptq.checkpoint import Inventory
 from ckptq.scopes.denoisers import Denoiser
 from ckptq.validators import Finding, Stored, warning
-from ckptq.validators.formats import SCALE_KINDS
 from ckptq.validators.omni import others, pipeline, sections, tensors
 from ckptq.validators.omni.built import Built, build
+from ckptq.validators.omni.server import KINDS
 
 
 def check_component(folder: str, stored: Stored, denoiser: Denoiser, pipeline: str | None) -> list[Finding]:
@@ -59,7 +59,7 @@ def _examine(folder: str, stored: Stored, denoiser: Denoiser) -> tuple[list[Find
 def _coded(stored: Stored) -> bool:
     """Whether a weight is stored as codes."""
     weights = (spec for name, spec in stored.tensors.items() if name.endswith("weight"))
-    return any(spec.dtype in ("F8_E4M3", "I8", "U8") for spec in weights) or any(n.endswith(SCALE_KINDS) for n in stored.tensors)
+    return any(spec.dtype in ("F8_E4M3", "I8", "U8") for spec in weights) or any(n.endswith(KINDS) for n in stored.tensors)
 
 
 def _option(section: sections.Section, denoiser: Denoiser) -> list[Finding]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ckptq.checkpoint import TensorSpec
 from ckptq.validators import Code, Finding, error, warning
-from ckptq.validators.formats import SCALE_KINDS, Format
+from ckptq.validators.formats import Format
 from ckptq.validators.omni.built import Built, Linear
 from ckptq.validators.omni.parameters import parameters
-from ckptq.validators.omni.server import OMNI
+from ckptq.validators.omni.server import KINDS, OMNI
 from ckptq.validators.omni.tensors import kept
 from ckptq.validators.vllm_rules import Parameter
 
@@ -29,7 +29,7 @@ def check(at: Built) -> Iterator[Finding]:
     linears: set[str] = set()
     for linear in at.linears:
         names = {name for part in (*linear.shards, linear.whole) for name in part}
-        linears |= {f"{name}.{kind}" for name in names for kind in ("weight", "bias", *SCALE_KINDS)}
+        linears |= {f"{name}.{kind}" for name in names for kind in ("weight", "bias", *KINDS)}
         yield from _shapes(linear, at, known)
     read = {name for name in known if name not in linears}
     for name in sorted(read | (at.tensors.keys() - linears)):
@@ -52,7 +52,7 @@ def _read(spec: TensorSpec, parameter: Parameter, at: Built) -> Iterator[Finding
 def _scale_of(name: str, known: set[str]) -> bool:
     """Whether it is a scale of a tensor that is known, of which `kept` has spoken."""
     module, _, kind = name.rpartition(".")
-    return kind in SCALE_KINDS and f"{module}.weight" in known
+    return kind in KINDS and f"{module}.weight" in known
 
 
 def _unknown(spec: TensorSpec, at: Built, *, listed: bool) -> Iterator[Finding]:
@@ -61,7 +61,7 @@ def _unknown(spec: TensorSpec, at: Built, *, listed: bool) -> Iterator[Finding]:
         if spec.dtype in _CODES:
             yield from kept(spec, at)
         return
-    drops = not at.facts.refuses or (at.adapted and spec.name.endswith(SCALE_KINDS))
+    drops = not at.facts.refuses or (at.adapted and spec.name.endswith(KINDS))
     yield (warning if drops else error)(
         "layout.omni-unknown-tensor", spec.name, "the tensors that the server reads, and scales of its linears", "a further one",
         f"{OMNI} {'drops it' if drops else 'raises at such a key'}", "remove it, or give it the name that the server looks for",

@@ -6,6 +6,7 @@ chosen by quant_algo. hf_quant_config.json is never read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +47,28 @@ CODES = {
         "codes are stored, and config.json does not say so", f"{OMNI} diffusion/data.py TransformerConfig.from_dict"
     ),
 }
-_UNCHECKED = frozenset((*UNCHECKED, "mxfp4", "mxfp4_dualscale", "svdquant", "auto_round", "torchao_float8_weight_only"))
+_UNCHECKED = frozenset((*UNCHECKED, "mxfp4", "svdquant", "auto_round", "torchao_float8_weight_only"))
 """Methods that vLLM-Omni builds and ckptq does not know."""
 _INT8 = Format("Int8", "channel", (formats.Scales("weight_scale", ("n 1",)),), codes="I8")
 _MXFP8 = Format(
     "MXFP8", "group", (formats.Scales("weight_scale", ("n kb",), "U8"),), block=(1, formats.MX_GROUP), whole_columns=True
 )  # fmt: skip
+_DUALSCALE = dataclasses.replace(_MXFP8, name="MXFP4 under two scales")
 _ALGOS: Mapping[str, Format] = {"FP8": formats.MODELOPT_FP8, "FP8_PER_CHANNEL_PER_TOKEN": formats.MODELOPT_PER_CHANNEL}
+
+
+@dataclass(frozen=True, slots=True)
+class Also:
+    """A scale that no `Format` has. The server raises where it is not stored."""
+
+    kind: str
+    shape: Callable[[int, int], tuple[int, ...]]
+    """Of a weight [n, k]."""
+
+
+_ALSO: Mapping[str, tuple[Also, ...]] = {
+    "mxfp4_dualscale": (Also("weight_dual_scale", lambda n, k: (n, -(-k // 512), 1)), Also("mul_scale", lambda n, k: (k,)))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +76,7 @@ class Section:
     """What vLLM-Omni reads from the section.
 
     file     where it lies, for messages
-    method   modelopt, fp8, int8 or mxfp8
+    method   modelopt, fp8, int8, mxfp8 or mxfp4_dualscale
     form     how every linear is stored that the list doesn't keep
     key      the name of the list
     entries  what is on it
@@ -71,6 +87,11 @@ class Section:
     form: Format
     key: str
     entries: tuple[str, ...]
+
+    @property
+    def also(self) -> tuple[Also, ...]:
+        """Scales beside the format's own."""
+        return _ALSO.get(self.method, ())
 
 
 def section_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -184,8 +205,17 @@ def _mxfp8(section: Mapping[str, Any], file: str) -> tuple[Section | None, list[
     return _listed(section, file, "mxfp8", _MXFP8, findings)
 
 
+def _dualscale(section: Mapping[str, Any], file: str) -> tuple[Section | None, list[Finding]]:
+    keys = ("is_checkpoint_serialized", "ignored_layers", "num_bf16_fallback_layers", "w4a8_fallback_steps", "w4a8_fallback_layers")
+    findings = [*_keys(section, file, keys), *_serialized(section, file, keys[0])]
+    for key in keys[3:]:
+        if section.get(key):
+            findings.append(_value(f"{file}.{key}", "no such key: there is no such fallback under two scales", section[key]))
+    return _listed(section, file, "mxfp4_dualscale", _DUALSCALE, findings)
+
+
 _READ: Mapping[str, Callable[[Mapping[str, Any], str], tuple[Section | None, list[Finding]]]] = {
-    "fp8": _fp8, "int8": _int8, "mxfp8": _mxfp8,
+    "fp8": _fp8, "int8": _int8, "mxfp8": _mxfp8, "mxfp4_dualscale": _dualscale,
 }  # fmt: skip
 
 

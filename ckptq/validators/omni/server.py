@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ckptq.validators.formats import SCALE_KINDS
+
 OMNI = "vLLM-Omni 0.30.0"
+KINDS = (*SCALE_KINDS, "weight_dual_scale", "mul_scale")
+"""Names of scales that a denoiser's linear may have beside its codes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from ckptq.checkpoint import FLOATS, TensorSpec
 from ckptq.validators import Code, Finding, error, warning
-from ckptq.validators.formats import SCALE_KINDS, Format, Scales
+from ckptq.validators.formats import Format, Scales
 from ckptq.validators.linears import scale_dtype, scale_shape
 from ckptq.validators.omni.built import Built, Linear
-from ckptq.validators.omni.server import OMNI
+from ckptq.validators.omni.server import KINDS, OMNI
 
 _ADAPTER = f"{OMNI} diffusion/model_loader/checkpoint_adapters/modelopt.py ModelOptFp8CheckpointAdapter"
 _LOADER = f"{OMNI} diffusion/model_loader/diffusers_loader.py load_weights"
@@ -63,7 +63,7 @@ def _missing_weight(module: str, built: object) -> Finding:
 
 def _quantized(names: Sequence[str], weight: TensorSpec, form: Format, at: Built) -> Iterator[Finding]:
     """One stored part of a linear that is built quantized."""
-    scales = [spec for name in names for kind in SCALE_KINDS if (spec := at.tensors.get(f"{name}.{kind}")) is not None]
+    scales = [spec for name in names for kind in KINDS if (spec := at.tensors.get(f"{name}.{kind}")) is not None]
     if weight.dtype in FLOATS and not scales:
         yield not_ignored(weight, at)
         return
@@ -78,7 +78,14 @@ def _quantized(names: Sequence[str], weight: TensorSpec, form: Format, at: Built
         yield _unaligned(weight, form, at)
     for kind in form.scales:
         yield from _scale(names, kind, matrix, form, at)
-    known = {f"{name}.{kind}" for name in names for kind in form.kinds}
+    for also in at.section.also:
+        spec = at.find(names, also.kind)
+        if spec is None:
+            raises = f"{OMNI} raises: it was never loaded"
+            yield error("layout.omni-missing-scale", f"{names[0]}.{also.kind}", "F32", "not stored", raises, "export again")
+        elif matrix is not None:
+            yield from scale_shape(spec, (also.shape(*matrix),), form.name)
+    known = {f"{name}.{kind}" for name in names for kind in (*form.kinds, *(also.kind for also in at.section.also))}
     yield from (_stray(spec, f"{form.name} has none of that name", at) for spec in scales if spec.name not in known)
 
 
@@ -136,7 +143,7 @@ def _last(name: str) -> str:
 def kept(weight: TensorSpec, at: Built) -> Iterator[Finding]:
     """Findings on a weight that is built unquantized, and on the scales beside it."""
     module = weight.name.rpartition(".")[0]
-    scales = [spec for kind in SCALE_KINDS if (spec := at.tensors.get(f"{module}.{kind}")) is not None]
+    scales = [spec for kind in KINDS if (spec := at.tensors.get(f"{module}.{kind}")) is not None]
     if weight.dtype in FLOATS:
         yield from (_stray(spec, "this linear is not quantized", at) for spec in scales)
         return
