@@ -15,6 +15,7 @@ from ckptq.errors import OutputError, RecipeError, SourceError
 from ckptq.plan import Plan
 from ckptq.recipe import Recipe
 from ckptq.scopes import Scope, at_path
+from ckptq.threads import threads
 
 IMPORTS = 420 * 10**6
 """Resident bytes after importing torch 2.13 (CPU) and transformers 5.17, as benchmarks/memory.py measures them."""
@@ -24,6 +25,8 @@ GPU_WRITER = 2 * 10**9
 """What writing takes of a GPU's memory while samples run there: ckptq/encode.py GPU_BAND and GPU_WORKERS."""
 BUFFERS = 128 * 10**6
 """What chunk buffers, the writer and the image processor take beside that."""
+TURNED, TURNING = 1 << 24, 1 << 21
+"""What a thread holds of a matrix that lies transposed in its file, at most, and what it reads that from: ckptq/transpose.py."""
 RATES = (("a 16-core CPU at 0.5 TFLOP/s", 0.5e12), ("a GPU at 200 TFLOP/s", 200e12))
 
 
@@ -36,6 +39,7 @@ class Cost:
     passing   what a layer's intermediate values of such a sample take while it passes
     flops     without those of the towers
     ahead     decoder layers that are read while one computes
+    turned    what a thread holds that reads routed experts which lie transposed in their file
     """
 
     resident: int
@@ -46,16 +50,18 @@ class Cost:
     tokens: int
     flops: float
     ahead: int = 1
+    turned: int = 0
 
     @property
     def fixed(self) -> int:
-        """Peak memory without waiting samples, once imports are in."""
-        return IMPORTS + BUFFERS + self.passing + max(self.resident, (1 + self.ahead) * self.layer)
+        """Peak memory without waiting samples, once imports are in. One thread reads layers; afterwards many read to write."""
+        calibrating = self.turned + self.passing + max(self.resident, (1 + self.ahead) * self.layer)
+        return IMPORTS + BUFFERS + max(calibrating, threads() * self.turned)
 
     @property
     def peak(self) -> int:
         """Peak memory with all samples waiting at once."""
-        return self.fixed + self.sample * self.samples if self.samples else TORCH + BUFFERS
+        return self.fixed + self.sample * self.samples if self.samples else TORCH + BUFFERS + threads() * self.turned
 
     @property
     def least(self) -> int:
@@ -102,6 +108,7 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, 
         samples=samples,
         tokens=samples * length,
         flops=samples * length * (2 * parameters + attention),
+        turned=max((min(t.spec.nbytes, TURNED) + TURNING for t in component.tensors.values() if t.stride), default=0),
     )
 
 

@@ -24,7 +24,7 @@ from ckptq.console import Advance, Console
 from ckptq.cost import available_memory
 from ckptq.denoise_cost import DYNAMIC, DenoiserPart, reads, room
 from ckptq.denoise_models import PipelineModel
-from ckptq.denoise_pipeline import Pipeline, arguments, open_pipeline
+from ckptq.denoise_pipeline import Pipeline, arguments, hushed, open_pipeline
 from ckptq.denoise_run import Look, Run, unseen
 from ckptq.errors import CalibrationError, DataError, UnsupportedError
 from ckptq.observe import Seen
@@ -59,7 +59,7 @@ def measure(
     """
     inventory = inventory or read_inventory(root)
     samples = samples or load_samples(settings)
-    with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad():
+    with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad(), hushed():
         pipeline = open_pipeline(inventory, parts, device, stack, images=any(sample.image for sample in samples))
         budget = room(reads(inventory, settings), memory if device.type == "cpu" else None, _free(device))
         work = _Work(pipeline, parts, samples, settings, console)

@@ -7,8 +7,8 @@ that, which then needs a negative prompt.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,23 @@ def _maker(cls: Any, given: Mapping[str, Any], device: torch.device) -> Callable
         return pipeline
 
     return make
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """What the libraries log of prompts, for each one anew, stays unsaid."""
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, verbosity in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
 
 
 def arguments(pipeline: Any, settings: PromptCalibration, sample: Sample, number: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -89,8 +90,7 @@ def build_denoiser_plan(
 def find_blocks(component: Component, denoiser: Denoiser) -> Blocks:
     """Raises SourceError where a linear is missing, or no matrix in BF16, F16 or F32."""
     linears: list[FusedLinear] = []
-    stays: dict[str, str] = dict.fromkeys(denoiser.stays, _STAYS)
-    stays |= {shard: _KEPT for fused in denoiser.kept for shard in fused.shards}
+    stays = {shard: _KEPT for fused in denoiser.kept for shard in fused.shards}
     count = 0
     for stack in denoiser.stacks:
         for i in range(stack.count(component.config)):
@@ -103,6 +103,9 @@ def find_blocks(component: Component, denoiser: Denoiser) -> Blocks:
         if (place := _block_of(name, denoiser)) and place[1] >= place[0].count(component.config):
             stack = place[0]
             raise SourceError(f"{name}: stored, but config.json has {stack.depth} {stack.count(component.config)}")
+        module = module_of(name)
+        if name.endswith(".weight") and any(fnmatch.fnmatchcase(module, pattern) for pattern in denoiser.stays):
+            stays[module] = _STAYS
     return Blocks(tuple(linears), {name: why for name, why in stays.items() if f"{name}.weight" in component.tensors}, count)
 
 

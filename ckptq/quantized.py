@@ -42,8 +42,9 @@ def describe(component: Component) -> str:
     said = _said(component)
     if said:
         return f"{said}; {count}" if fp8 else said
-    if found := next(_telling(component), None):
-        return found
+    for name in component.tensors:
+        if (leaf := name.rpartition(".")[2]) in foreign.TENSORS:
+            return f"{printable(name)} is stored; it is {foreign.TENSORS[leaf]}"
     narrow = next((t.spec for t in component.tensors.values() if t.spec.dtype.startswith("F8")), None)
     return f"{printable(narrow.name)} is {narrow.dtype}" if narrow else ""
 
@@ -62,16 +63,6 @@ def _said(component: Component) -> str:
     if found := foreign.whose(component.sidecars):
         return found
     return f"there is a {_FILES[0]}" if _FILES[0] in component.sidecars else ""
-
-
-def _telling(component: Component) -> Iterator[str]:
-    """What single tensors tell where nothing else does."""
-    for name, tensor in component.tensors.items():
-        leaf, dtype = name.rpartition(".")[2], tensor.spec.dtype
-        if leaf in foreign.TENSORS:
-            yield f"{printable(name)} is stored; it is {foreign.TENSORS[leaf]}"
-        elif leaf == "weight" and dtype not in FLOATS and not dtype.startswith("F8"):
-            yield f"{printable(name)} is {dtype}"
 
 
 def refuse(component: Component) -> None:

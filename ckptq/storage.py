@@ -16,9 +16,11 @@ from typing import Any
 
 from ckptq import quantized
 from ckptq.assemble import sealed
-from ckptq.checkpoint import Component, SourceTensor, TensorSpec
+from ckptq.checkpoint import FLOATS, Component, SourceTensor, TensorSpec
 from ckptq.config_text import insert_section, remove_section
-from ckptq.errors import RecipeError
+from ckptq.errors import RecipeError, UnsupportedError
+from ckptq.folder import printable
+from ckptq.foreign import HINT
 from ckptq.plan import Copy, Decision, Encode, Observer, Op, Plan, Scale, module_of
 from ckptq.schemes import Scheme
 from ckptq.shards import fill_files, index_text
@@ -61,6 +63,8 @@ def plan_storage(component: Component, action: str, shard_size: int) -> Plan:
     decisions: list[Decision] = []
     for name, tensor in sorted(component.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
         kind = kind_of.get(name, "")
+        if kind in KINDS and tensor.spec.dtype not in FLOATS:
+            raise UnsupportedError(f"{printable(name)} is {tensor.spec.dtype}: the source is quantized already", hint=HINT)
         stays = "" if kind in KINDS and tensor.spec.dtype in _SOURCES and tensor.spec.numel else "keep"
         if kind:
             decisions.append(Decision(module_of(name), stays or action, f"{component.folder}: {action}", kind))

@@ -36,6 +36,12 @@ def int8(name: str, weight: torch.Tensor) -> Tensors:
     return {f"{name}.weight": (weight.float() / scale).round().to(torch.int8), f"{name}.weight_scale": scale}
 
 
+def int8_of_one_scale(name: str, weight: torch.Tensor) -> Tensors:
+    """The same with one scale for all rows, and for all linears."""
+    codes = (weight.float() / 0.01).round().clamp(-127, 127).to(torch.int8)
+    return {f"{name}.weight": codes, f"{name}.weight_scale": torch.full((len(weight), 1), 0.01)}
+
+
 def quantize(
     folder: Path,
     linears: str,

@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,15 @@ from server import omni
 
 from ckptq import __version__
 from ckptq.checkpoint import Component, Inventory, read_inventory
+from ckptq.console import Console
+from ckptq.convert import convert
 from ckptq.exporters import find_exporter
+from ckptq.job import job_record
 from ckptq.plan import Copy, module_of
 from ckptq.plan_denoiser import build_denoiser_plan, written_component
-from ckptq.prepare import prepare
+from ckptq.prepare import Part, Prepared, prepare
 from ckptq.recipe import Recipe, load_recipe, shipped
+from ckptq.reuse import Reused
 from ckptq.scopes import Fused
 from ckptq.scopes.denoisers import Denoiser, all_denoisers, find_denoiser
 from ckptq.sections import Treatment
@@ -74,6 +79,20 @@ def built(source: Made, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str
             config = root / name / folder / "config.json"
             config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": NOTHING_IGNORED}))
     return {folder.name: loaded for folder, loaded in omni.load([root / name for name in PIPELINES]).items()}
+
+
+@pytest.fixture(scope="session")
+def served(source: Made, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Prepared, omni.Loaded]]:
+    """Each recipe's plan, and what the server makes of its output. What samples would tell is 1 here, for every input."""
+    root = tmp_path_factory.mktemp("served")
+    jobs = {}
+    for name, pipeline in RECIPES.items():
+        job = prepare(load_recipe(name, [f"model={source(pipeline, DEPTH.get(name))}", f"output={root / name}"]))
+        amax = {part.folder: dict.fromkeys((o.name for o in part.plan.observers if o.kind != "weight"), 1.0) for part in job.parts}
+        jobs[name] = replace(job, reused=Reused(root, amax, job_record(job, [], "cpu")))
+        convert(jobs[name], resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    loaded = omni.load([root / name for name in RECIPES])
+    return {name: (job, loaded[root / name]) for name, job in jobs.items()}
 
 
 def found(folder: Path, component: str) -> tuple[Denoiser, Component, Inventory]:
@@ -206,6 +225,37 @@ def test_an_entry_keeps_one_linear_alone(name: str, folder: str, source: Made) -
 
 def reaches(entries: Iterable[str], name: str) -> bool:
     return any(entry in name or fnmatch(name, entry) for entry in entries)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_scales_arrive(name: str, served: Mapping[str, tuple[Prepared, omni.Loaded]]) -> None:
+    job, loaded = served[name]
+    assert loaded.error is None
+    assert loaded.missing == []
+    for part in job.parts:
+        theirs = loaded.components[part.folder]
+        assert theirs.unwritten == ()
+        assert theirs.dequantized == ()
+        assert [linear.process for linear in theirs.quantized.values() if linear.process] == []
+        there = {linear.prefix for module, linear in theirs.quantized.items() if not module.endswith(".gen_exp")}
+        assert there == planned(part)
+    others = [c for folder, c in loaded.components.items() if folder not in {part.folder for part in job.parts}]
+    assert [linear.prefix for component in others for linear in component.quantized.values()] == []
+
+
+def planned(part: Part) -> set[str]:
+    """What the plan quantizes, as the server's lists know it."""
+    assert isinstance(part.scope, Denoiser)
+    converted = {decision.module for decision in part.plan.decisions if decision.action != "keep"}
+    blocks = [(s, i) for s in part.scope.stacks for i in range(s.count(part.component.config))]
+    joined = {parts[0]: whole for whole, parts in part.scope.joined.items()}
+    names = {
+        f"{stack.prefix}.{i}.{name}".replace("{e}", "0"): f"{stack.called(i)}.{one.runtime}"
+        for stack, i in blocks
+        for one in stack.linears
+        for name in (one.shards[0], joined.get(one.shards[0], one.shards[0]))
+    }
+    return {names[module] for module in converted & names.keys()}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -25,7 +25,7 @@ from ckptq.calibration.encode import Encoder
 from ckptq.checkpoint import Component, Inventory, Reader, SourceTensor, TensorSpec, read_inventory
 from ckptq.console import Console
 from ckptq.convert import Prepared, convert, prepare
-from ckptq.cost import IMPORTS, fitting, waiting_budget
+from ckptq.cost import IMPORTS, TURNED, TURNING, fitting, waiting_budget
 from ckptq.errors import CkptqError, RecipeError, SourceError, UnsupportedError
 from ckptq.exporters import find_exporter
 from ckptq.journal import ProgressFile
@@ -38,6 +38,7 @@ from ckptq.scopes import find_scope
 from ckptq.scopes.qwen3_vl_moe import SCOPE as TOGETHER
 from ckptq.streamed import StreamedModel
 from ckptq.tensors import raw
+from ckptq.threads import threads
 from ckptq.transpose import BLOCK, CHUNK
 from ckptq.unstack import unstack
 from ckptq.validate import examine, validate_plan
@@ -253,6 +254,20 @@ def test_one_layer_at_a_time_where_memory_is_short(source: Path, tmp_path: Path)
     assert waiting_budget(one, two.least, 0) == two.sample
     with pytest.raises(RecipeError, match="too little: embeddings, a decoder layer and one sample take"):
         waiting_budget(one, two.least - 1, 0)
+
+
+def test_turning_experts_counts_a_thread(tmp_path: Path) -> None:
+    """Where files hold them transposed, as Qwen3-VL-MoE's do, each thread has one matrix at a time, at most BLOCK of it."""
+    (tmp_path / "model").mkdir()
+    families()["qwen3_vl_moe"].make(tmp_path / "model")
+    dynamic = prepare(load_recipe("qwen3vl-moe-fp8-dynamic", [f"model={tmp_path / 'model'}", f"output={tmp_path / 'out'}"])).cost
+    assert dynamic.turned == 48 * 128 * 2 + CHUNK
+    straight = dataclasses.replace(dynamic, turned=0)
+    assert dynamic.peak - straight.peak == threads() * dynamic.turned
+    assert (TURNED, TURNING) == (BLOCK, CHUNK)
+    layer = dataclasses.replace(straight, samples=1, layer=10**9)
+    assert dataclasses.replace(layer, turned=10**6).peak - layer.peak == 10**6
+    assert dataclasses.replace(layer, turned=10**10).fixed - IMPORTS > threads() * 10**10
 
 
 def test_experts_without_a_token_are_told(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

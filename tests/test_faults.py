@@ -190,7 +190,7 @@ BROKEN_SOURCES: dict[str, tuple[Edit, int, str, str]] = {
     "architecture without a scope": (
         lambda f: configure(f, architectures=["OlmoForCausalLM"], model_type="olmo"),
         2,
-        "no scope for architectures ['OlmoForCausalLM']; known: ",
+        "no scope for architectures ['OlmoForCausalLM']",
         "`ckptq inspect SRC` proposes a scope",
     ),
     "quantized already, by its config": (

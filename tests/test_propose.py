@@ -381,6 +381,7 @@ def test_a_scope_is_given_or_in_the_record_or_there_is_no_verdict(
     code, out, _ = run(capfd, "validate", folder)
     assert code == 0, out
     assert "granite, as ckptq.json spells it out" in out
+    assert "vLLM 0.32 (not tried with this scope)" in out
     (folder / "ckptq.json").unlink()
     code, _, err = run(capfd, "validate", folder)
     assert code == 2

@@ -346,3 +346,89 @@ def test_the_loaders_model_decodes_as_the_original_does(made: Callable[[str], Pa
 def test_what_is_not_quantized_needs_no_loader(made: Callable[[str], Path]) -> None:
     with pytest.raises(RecipeError, match="not quantized"):
         load_component(made("clip"))
+
+
+# What is somebody else's
+
+
+def gguf(base: Path) -> None:
+    (base / "qwen-image-Q4_K_M.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(64))
+
+
+def test_a_component_of_gguf_files_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from pipelines import pipelines
+
+    from ckptq.prepare import prepare
+    from ckptq.recipe import parse_recipe
+
+    pipelines()["qwen_image"].make(tmp_path / "source")
+    next((tmp_path / "source/transformer").glob("*.safetensors")).unlink()
+    gguf(tmp_path / "source/transformer")
+    recipe = f"model: {tmp_path}/source\ncomponents: {{transformer: fp8-dynamic}}"
+    with pytest.raises(UnsupportedError, match=r"qwen-image-Q4_K_M.gguf is GGUF, whose blocks of integers ckptq does not read"):
+        prepare(parse_recipe(recipe, "r.yaml"))
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_a_model_of_gguf_files_is_refused_with_the_reason(config: bool, tmp_path: Path) -> None:
+    gguf(tmp_path)
+    if config:
+        (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(UnsupportedError, match="is GGUF"):
+        read_inventory(tmp_path)
+
+
+def test_a_folder_of_msmodelslims_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"], "quantize": "w8a8"}')
+    (tmp_path / "quant_model_description.json").write_text('{"model_quant_type": "W8A8", "a.weight": "W8A8"}')
+    save_file({"a.weight": torch.ones(4, 4, dtype=torch.int8)}, tmp_path / "quant_model_weight_w8a8.safetensors")
+    with pytest.raises(UnsupportedError, match=r"quant_model_description.json is msModelSlim's, which quantizes for Ascend NPUs"):
+        read_inventory(tmp_path)
+
+
+ROUNDED = {
+    "a.qweight": torch.ones(4, 4, dtype=torch.int32),
+    "a.qzeros": torch.ones(1, 1, dtype=torch.int32),
+    "a.scales": torch.ones(1, 4),
+}
+NUNCHAKU = {"a.qweight": torch.ones(4, 2, dtype=torch.int8), "a.wscales": torch.ones(1, 4), "a.smooth_factor": torch.ones(4)}
+BNB = {"a.weight": torch.ones(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(1), "a.weight.quant_map": torch.ones(16)}
+SLIM = {"a.weight": torch.ones(4, 4, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1), "a.weight_offset": torch.zeros(4, 1)}
+FOREIGN: dict[str, tuple[dict[str, Any] | None, Tensors, str]] = {
+    "AutoRound": ({"quant_method": "auto-round", "bits": 4, "group_size": 128}, ROUNDED, "'auto-round'; it is AutoRound's"),
+    "AutoRound MXFP8": ({"quant_method": "auto-round", "data_type": "mx_fp"}, {"a.weight": torch.ones(4, 4)}, "AutoRound's"),
+    "AutoRound, no section": (None, ROUNDED, r"a.qweight is stored; it is packed integers, as GPTQ, AWQ, AutoRound and SVDQuant"),
+    "SVDQuant": ({"quant_method": "svdquant", "precision": "int4"}, NUNCHAKU, "'svdquant'; it is SVDQuant's: 4-bit codes beside"),
+    "SVDQuant, no section": (None, {n: t for n, t in NUNCHAKU.items() if "qweight" not in n}, "it is SVDQuant's"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, BNB, "'bitsandbytes'; it is bitsandbytes'"),
+    "bitsandbytes, no section": (None, BNB, r"a.weight.absmax is stored; it is bitsandbytes'"),
+    "torchao": ({"quant_method": "torchao", "quant_type": {}}, {"a.weight": torch.ones(4, 4)}, "'torchao'; it is torchao's"),
+    "msModelSlim": (None, SLIM, r"a.weight_offset is stored; it is msModelSlim's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_others_have_quantized_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    section, tensors, told = FOREIGN[name]
+    config = {"_class_name": "QwenImageTransformer2DModel", **({"quantization_config": section} if section else {})}
+    one = component(tmp_path / "one", config, tensors)
+    with pytest.raises(UnsupportedError, match=rf"the source is quantized already: .*{told}") as caught:
+        quantized.refuse(one)
+    assert caught.value.hint == "start from the BF16 checkpoint"
+    with pytest.raises(UnsupportedError):
+        quantized.dense(read_inventory(tmp_path / "one"))
+
+
+def test_a_merged_output_of_msmodelslims_is_refused_with_the_reason(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(made("kl_vae"), tmp_path / "merged")
+    (folder / "quant_model_description.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match=r"quantized already: quant_model_description.json is msModelSlim's"):
+        plan_storage(read_inventory(folder).main, "fp8-storage", 10**9)
+
+
+def test_a_linear_of_integers_is_refused(made: Callable[[str], Path], tmp_path: Path) -> None:
+    tensors = read(made("clip"))
+    tensors["text_projection.weight"] = tensors["text_projection.weight"].to(torch.int8)
+    config = json.loads((made("clip") / "config.json").read_text())
+    with pytest.raises(UnsupportedError, match=r"text_projection.weight is I8: the source is quantized already"):
+        plan_storage(component(tmp_path / "one", config, tensors), "fp8-storage", 10**9)

@@ -7,6 +7,7 @@ naming generations below. Names of the source checkpoint are never rewritten; th
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import pkgutil
@@ -250,7 +251,7 @@ def all_scopes() -> Iterator[Scope]:
 
 
 def find_scope(config: Mapping[str, Any]) -> Scope:
-    """The scope for a config.json. Raises UnsupportedError naming the architecture and those that are known, or why it has none."""
+    """The scope for a config.json. Raises UnsupportedError naming the architecture and those of like names, or why it has none."""
     said = config.get("architectures")
     wanted = said if isinstance(said, list) else []
     scopes = list(all_scopes())
@@ -261,11 +262,20 @@ def find_scope(config: Mapping[str, Any]) -> Scope:
     refused = importlib.import_module(f"{__name__}._refused").REFUSED
     if reason := next((refused[name] for name in wanted if isinstance(name, str) and name in refused), None):
         raise UnsupportedError(f"config.json: architectures {wanted!r:.200}: {reason}")
-    known = ", ".join(sorted(name for scope in scopes for name in scope.architectures))
+    near = _alike(wanted, [name for scope in scopes for name in scope.architectures])
     raise UnsupportedError(
-        f"config.json: no scope for architectures {wanted!r:.200}; known: {known}",
-        hint="`ckptq inspect SRC` proposes a scope to be put into a recipe under `scope:`; CONTRIBUTING.md says how to add one",
+        f"config.json: no scope for architectures {wanted!r:.200}" + (f"; nearest in name: {', '.join(near)}" if near else ""),
+        hint="`ckptq recipes` lists what there is; `ckptq inspect SRC` proposes a scope to be put into a recipe under `scope:`",
     )
+
+
+def _alike(wanted: list[Any], known: list[str]) -> list[str]:
+    """Architectures whose names are much like the first one's, apart from `ForCausalLM` and the like; at most four."""
+    stems: dict[str, list[str]] = {}
+    for name in sorted(known):
+        stems.setdefault(name.partition("For")[0], []).append(name)
+    stem = wanted[0].partition("For")[0][:100] if wanted and isinstance(wanted[0], str) else ""
+    return [name for near in difflib.get_close_matches(stem, stems, n=3, cutoff=0.6) for name in stems[near]][:4]
 
 
 def _refuse_types(scope: Scope, config: Mapping[str, Any]) -> None:

@@ -239,10 +239,23 @@ def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
             # wrote is the smallest number in FP8, and in NVFP4 memory as it was.
             fp4 = f"{name.rpartition('.')[0]}.weight_scale_2" in trace["parameters"]
             rest = leaf == "input_scale" and parameter["written"] > 0 and not fp4
-            yield (warning if rest else error)(
+            first = leaf in _OF_GATE and _gate_of(missing["part"]) not in ("", *(other["part"] for other in parameter["missing"]))
+            effect = "the largest of the others is taken" if rest else "gate's is taken" if first else _left(leaf)
+            yield (warning if rest or first else error)(
                 "server.unwritten", names.of(name, missing["part"]), "a value for every element of the server's parameter", found,
-                "the largest of the others is taken" if rest else _left(leaf), _store(leaf),
+                effect, _store(leaf),
             )  # fmt: skip
+
+
+# Of routed experts in NVFP4. modelopt.py ModelOptNvFp4FusedMoE and compressed_tensors_moe_w4a4_nvfp4.py take gate's for both.
+_OF_GATE = ("w13_weight_scale_2", "w13_weight_global_scale")
+
+
+def _gate_of(part: str) -> str:
+    """`3.up_proj` -> `3.gate_proj`, "" for parts that are no expert's up."""
+    expert, _, name = part.rpartition(".")
+    gate = {"up_proj": "gate_proj", "w3": "w1"}.get(name)
+    return f"{expert}.{gate}" if gate else ""
 
 
 def _store(leaf: str) -> str:

@@ -60,7 +60,5 @@ DENOISER = Denoiser(
     formats=MappingProxyType({"modelopt": ("fp8",), "fp8": ("fp8", "fp8-tensor")}),
     # model_executor/models/hunyuan_image3/hunyuan_image3.py HunyuanModel.load_weights, of the stage that writes text, splits scales
     # as it splits weights, and fails on one scale.
-    options=MappingProxyType(
-        dict.fromkeys(("modelopt", "fp8"), "--deploy-config hunyuan_image3_dit.yaml, without a stage for text")
-    ),
+    options=MappingProxyType(dict.fromkeys(("modelopt", "fp8"), "--deploy-config vllm_omni/deploy/hunyuan_image3_dit.yaml")),
 )

@@ -29,6 +29,8 @@ _FACTS: Mapping[str, Facts] = {
     # omnigen2_transformer.py and z_image_transformer.py load_weights look every name up in params_dict.
     "omnigen2": Facts(refuses=True),
     "z_image": Facts(refuses=True),
+    # hunyuan_image3/pipeline_hunyuan_image3.py HunyuanImage3Pipeline.
+    "hunyuan_image3": Facts(renames=(("^model.", ""), ("mlp.gate.wg.", "mlp.gate."), ("gate_and_up_proj.", "gate_up_proj."))),
 }
 
 
