@@ -59,8 +59,9 @@ def measure(
     """
     inventory = inventory or read_inventory(root)
     samples = samples or load_samples(settings)
-    with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad(), hushed():
+    with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad():
         pipeline = open_pipeline(inventory, parts, device, stack, images=any(sample.image for sample in samples))
+        stack.enter_context(hushed())
         budget = room(reads(inventory, settings), memory if device.type == "cpu" else None, _free(device))
         work = _Work(pipeline, parts, samples, settings, console)
         for part in parts:

@@ -148,10 +148,10 @@ def _last(job: Restoration) -> tuple[str, ...]:
 
 
 def _write(job: Restoration, journal: Journal, console: Console) -> None:
+    from ckptq.pipeline import write_shards
+
     with console.stage("write", job.nbytes, "bytes") as advance:
         for component in job.components:
-            from ckptq.pipeline import write_shards
-
             folder, plan = journal.model / component.folder, job.plans[component.folder]
             folder.mkdir(parents=True, exist_ok=True)
             left = [shard for shard in plan.shards if not (folder / shard.file).is_file()]

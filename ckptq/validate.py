@@ -22,7 +22,7 @@ from ckptq.scopes import Scope
 from ckptq.scopes.denoisers import find_denoiser
 from ckptq.spelled import scope_to_validate
 from ckptq.unstack import refuse_stacked, unstack
-from ckptq.validators import Finding, Stored, configs, dtypes, files, kv, layout, parallel, record, strays
+from ckptq.validators import Finding, Stored, configs, dtypes, files, kv, layout, one_rank, parallel, record, strays
 from ckptq.validators.expected import Expected, expect
 from ckptq.validators.grouping import group
 from ckptq.validators.servers import DEFAULT, Rules, Server
@@ -211,10 +211,9 @@ def _layout(
         findings += validator.check(at)
     findings += dtypes.check(at, stored)
     if tp > 1 or ep:
-        shapes = {module: shape for module in at.linears if (shape := at.weight_shape(module)) is not None}
-        linears = dict.fromkeys(at.linears.values())
-        built = ((linear, at.format_of(linear.shards[0])) for linear in linears)
-        findings += parallel.check(scope, stored.config, built, shapes, tp, ep=ep, server=server)
+        findings += parallel.check(scope, stored.config, one_rank.built(at), one_rank.shapes(at), tp, ep=ep, server=server)
+    else:
+        findings += one_rank.check(at, stored.config)
     return findings, at
 
 

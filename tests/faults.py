@@ -191,7 +191,7 @@ def _serve() -> None:
     import ckptq.calibration.coco
     import ckptq.calibration.encode
     import ckptq.pipeline
-    import ckptq.render
+    import ckptq.render_job
     import ckptq.validators.passthrough
     import ckptq.validators.values  # noqa: F401
 
@@ -299,7 +299,7 @@ def _watch(task: dict[str, Any], trace: int) -> None:
     begin(Journal, "open", "open")
     begin(calibrate, "calibrate", "calibrate")
     begin(pipeline, "write_shards", "encode")
-    begin(produce, "_write_files", "files")
+    begin(produce, "write_files", "files")
     begin(validate, "examine", "validate")
     begin(Journal, "publish", "commit")
 

@@ -138,7 +138,8 @@ def kept(*modules: str) -> Edit:
     """These linears as BF16 weights without scales, made of the codes."""
 
     def apply(stored: dict[str, torch.Tensor]) -> None:
-        for name in edit.matching(stored, *(f"{module}.weight" for module in modules)):
+        names = edit.matching(stored, *(f"{module}.weight" for module in modules))
+        for name in (n for n in names if f"{n}_scale" in stored):
             scale = stored.pop(f"{name}_scale").float()
             stored.pop(f"{name.removesuffix('weight')}input_scale", None)
             scale = scale[:, None] if scale.dim() == 1 else scale
@@ -295,7 +296,7 @@ FAULTS: Faults = {
     "codes in a layer that is never quantized": {
         "qwen-native": {"img_in": within(codes("img_in"))},
         "z-native": {"modulation": within(codes("layers.0.adaLN_modulation.0"))},
-        "qwen": {"without scale": within(codes("img_in", scale=False)), "INT8": within(codes("img_in", dtype=torch.int8))},
+        "qwen": {"with its scale": within(codes("img_in")), "without scale": within(codes("img_in", scale=False)), "INT8": within(codes("img_in", dtype=torch.int8))},
         "wan-native": {"text embedder": within(codes("condition_embedder.text_embedder.linear_1"), folder="transformer_2")},
     },
     "tensor that is no part of the model": {
@@ -305,6 +306,7 @@ FAULTS: Faults = {
     "more blocks than config.json has": {
         "z": {"config": within(config(lambda c: c.update(n_layers=1)))},
         "omnigen": {"config": within(config(lambda c: c.update(num_layers=1)))},
+        "qwen": {"which it drops": within(config(lambda c: c.update(num_layers=1)))},
     },
     "bias missing": {"qwen": {"of a linear": within(edit.drop(f"{OUT['qwen']}.bias"))}, "glm": {"of a shard": within(edit.drop("transformer_blocks.0.attn1.to_k.bias"))}},
     "norm missing": {"qwen": {"norm_q": within(edit.drop("transformer_blocks.0.attn.norm_q.weight"))}, "flux": {"norm_k": within(edit.drop("single_transformer_blocks.1.attn.norm_k.weight"))}},
@@ -330,7 +332,7 @@ FAULTS: Faults = {
 NEAR: Faults = {
     "weight_scale missing": {"qwen": {"one value in a list": within(edit.alter(lambda t: t.reshape(1), f"{OUT['qwen']}.weight_scale"))}},
     "scales under names that the adapter drops": {
-        "wan": {"in transformer_2, which has no adapter": within(edit.rename(".ffn.net_0.", ".ffn.net.0."), folder="transformer_2")},
+        "wan": {"in transformer_2, the server's names": within(edit.rename(".ffn.net.0.", ".ffn.net_0."), folder="transformer_2")},
         "wan-native": {"under the server's names": within(edit.rename(".ffn.net.0.", ".ffn.net_0."))},
     },
     "list reaches what is stored as codes": {"z": {"without codes": within(kept("layers.0.*"), listed("ignore", plus("layers.0.*")))}},
@@ -347,12 +349,11 @@ NEAR: Faults = {
                                "qwen-native": {"in capitals": within(setting(quant_method="FP8"))}},
     "list under another key": {"qwen": {"nested": within(config(lambda c: c.update(quantization_config={
         "producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["img_in"]}})))}},
-    "codes in a layer that is never quantized": {"qwen": {"with its scale": within(codes("img_in"))}},
+    
     "tensor that is no part of the model": {
         name: {"which drops it": within(edit.put({"foreign.weight": torch.zeros(4, 4, dtype=torch.bfloat16)}))} for name in ("qwen", "flux", "wan", "glm")
     },
     "scale under another name": {"qwen": {"a further one": within(edit.copy(f"{OUT['qwen']}.weight_scale", f"{OUT['qwen']}.weight_scale_2"))}},
-    "more blocks than config.json has": {"qwen": {"which drops them": within(config(lambda c: c.update(num_layers=1)))}},
     "no section": {"qwen": {"hf_quant_config.json beside it": lambda folder: (folder / "hf_quant_config.json").write_text("{}")}},  # type: ignore[dict-item]
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Amaxes of denoisers: those of the resident pipeline bit for bit, each step read once, in memory that no number of blocks raises."""
+"""Amaxes of denoisers: the resident pipeline's bit for bit, each step read once, in memory that no number of blocks raises."""
 
 import gc
 import json
@@ -16,14 +16,13 @@ import pytest
 import torch
 from peers.resident_pipeline import load, run
 from pipelines import pipelines
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckptq import denoise
-from ckptq.calibration import digest, load_samples
 from ckptq.checkpoint import Component, Inventory, Reader, SourceTensor, read_inventory
 from ckptq.console import Console
 from ckptq.denoise import DenoiserPart, measure
-from ckptq.denoise_cost import reads, refuse_unrunnable, room
+from ckptq.denoise_cost import BUFFERS, IMPORTS, Reads, reads, refuse_unrunnable, room
 from ckptq.denoise_run import Call, Later
 from ckptq.errors import CalibrationError, CkptqError, DataError, RecipeError, UnsupportedError
 from ckptq.plan import Observer
@@ -128,17 +127,19 @@ def test_amaxes_are_the_resident_pipelines_and_a_step_reads_a_denoiser_once(name
     parts = parts_of(inventory := read_inventory(folder), stack)
     found = measure(folder, list(parts.values()), settings, CPU, Console(quiet=True))
     assert {part: of_kind(table, "input") for part, table in found.items()} == hooked(folder, parts, settings)
-    times: list[int] = []
+    passes = read = 0
     for part in parts.values():
         stored = load_file(folder / part.component.folder / "diffusion_pytorch_model.safetensors")
         weights = {o.name: float(stored[f"{o.module}.weight"].abs().max()) for o in part.observers if o.kind == "weight"}
         assert of_kind(found[part.component.folder], "weight") == weights
-        blocks = {f"{o.module}.weight" for o in part.observers}
         assert isinstance(part.reader, Counting)
-        (count,) = {part.reader.times[name] for name in blocks}
-        times.append(round(count))
-    assert sum(times) == settings.steps
-    assert reads(inventory, settings).total >= reads(inventory, settings).step * sum(times)
+        times = part.reader.times
+        (count,) = {times[f"{o.module}.weight"] for o in part.observers}
+        passes += round(count)
+        blocks = tuple(f"{block.prefix}." for block in part.denoiser.stacks)
+        read += sum(part.component.tensors[n].spec.nbytes * round(times[n]) for n in times if n.startswith(blocks))
+    assert passes == settings.steps
+    assert read == reads(inventory, settings).total
 
 
 def test_guidance_and_steps_change_what_is_measured(make: Make, stack: ExitStack) -> None:
@@ -147,7 +148,9 @@ def test_guidance_and_steps_change_what_is_measured(make: Make, stack: ExitStack
     parts = list(parts_of(read_inventory(folder), stack).values())
 
     def measured(**more: Any) -> dict[str, float]:
-        return of_kind(measure(folder, parts, PromptCalibration(**{**PROMPTS, **more}), CPU, Console(quiet=True))["transformer"], "input")
+        return of_kind(
+            measure(folder, parts, PromptCalibration(**{**PROMPTS, **more}), CPU, Console(quiet=True))["transformer"], "input"
+        )
 
     usual = measured()
     for more in ({"guidance": 1.0}, {"steps": 1}, {"seed": 4}, {"negative_prompt": "noise, text"}):
@@ -204,5 +207,132 @@ def _peak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 def _held() -> int:
     gc.collect()
-    storages = {s._cdata: s.nbytes() for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta and (s := t.untyped_storage())}
+    storages = {
+        s._cdata: s.nbytes()
+        for t in gc.get_objects()
+        if isinstance(t, torch.Tensor) and not t.is_meta and (s := t.untyped_storage())
+    }
     return sum(storages.values())
+
+
+# What can't be run
+
+
+def test_an_expert_that_no_step_reaches_is_named(make: Make, stack: ExitStack) -> None:
+    folder = make("wan22")
+    parts = list(parts_of(read_inventory(folder), stack).values())
+    with pytest.raises(DataError, match="transformer_2: none of the 1 denoising steps runs it") as found:
+        measure(folder, parts, PromptCalibration(**{**PROMPTS, "steps": 1}), CPU, Console(quiet=True))
+    assert "boundary_ratio" in str(found.value.hint)
+
+
+def test_nan_in_activations_names_prompt_and_module(make: Make, stack: ExitStack, tmp_path: Path) -> None:
+    """Infinity squared, in the second block alone: the stored weights are finite."""
+    folder = shutil.copytree(make("qwen_image"), tmp_path / "huge")
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer_blocks.0.img_mlp.net.2.weight"] *= 1e38
+    save_file(tensors, path)
+    parts = list(parts_of(read_inventory(folder), stack).values())
+    with pytest.raises(DataError, match=r"transformer_blocks\.1\..*NaN or infinite activations in layer 1 with sample prompt"):
+        measure(folder, parts, PromptCalibration(**PROMPTS), CPU, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "message"),
+    [
+        ({"transformer": ["my_blocks", "QwenImageTransformer2DModel"]}, UnsupportedError, "class of 'my_blocks'"),
+        ({"_class_name": "QwenImageDMD2Pipeline"}, UnsupportedError, "has no such pipeline"),
+        (
+            {"tokenizer": ["transformers", "NoTokenizer"]},
+            UnsupportedError,
+            "NoTokenizer, which transformers has not",
+        ),
+        ({"_class_name": "QwenImageEditPipeline", "processor": [None, None]}, CalibrationError, "edits an image, and the prompt"),
+    ],
+)
+def test_a_pipeline_that_can_not_run_is_refused(
+    entries: Mapping[str, Any], error: type[CkptqError], message: str, make: Make, stack: ExitStack, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make("qwen_image"), tmp_path / "edited")
+    edit(folder, **entries)
+    parts = list(parts_of(read_inventory(folder), stack).values())
+    with pytest.raises(error, match=message):
+        measure(folder, parts, PromptCalibration(**PROMPTS), CPU, Console(quiet=True))
+
+
+def test_a_text_encoder_in_a_pickle_is_refused_and_a_vae_is_not_wanted(make: Make, stack: ExitStack, tmp_path: Path) -> None:
+    folder = shutil.copytree(make("qwen_image"), tmp_path / "pickles")
+    (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
+    parts = list(parts_of(read_inventory(folder), stack).values())
+    settings = PromptCalibration(**{**PROMPTS, "steps": 1})
+    assert measure(folder, parts, settings, CPU, Console(quiet=True))["transformer"]
+    (folder / "text_encoder/model.safetensors").rename(folder / "text_encoder/pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match="text_encoder: has no weights in safetensors"):
+        measure(folder, parts, settings, CPU, Console(quiet=True))
+
+
+def test_denoisers_that_diffusers_has_not_are_refused_before_anything_is_read() -> None:
+    without = [d for d in all_denoisers() if not d.builder]
+    assert {"omnigen2"} <= {d.name for d in without}
+    for denoiser in without:
+        pipeline = {"_class_name": denoiser.pipelines[0]} if denoiser.pipelines else None
+        with pytest.raises(UnsupportedError, match="diffusers has no pipeline of it") as found:
+            refuse_unrunnable(pipeline, denoiser)
+        assert "fp8-dynamic" in str(found.value.hint)
+
+
+# Answers that come later
+
+
+def test_what_is_done_with_an_answer_is_done_with_the_value() -> None:
+    """Without waiting for it only indexing and `float` are done."""
+    value, asked = torch.arange(6.0, dtype=torch.bfloat16).view(2, 3) + 1, []
+
+    def later() -> Any:
+        def find() -> tuple[torch.Tensor]:
+            asked.append(1)
+            return (value,)
+
+        return Later(find)[0]
+
+    later()[:, :2].float()
+    assert not asked
+    assert torch.equal(later()[:, :2].float() * 2, value[:, :2].float() * 2)
+    other = torch.ones(2, 3)
+    for ours, plain in (
+        (later() - other, value - other),
+        (other - later(), other - value),
+        (2 * later() / 3, 2 * value / 3),
+        (-later(), -value),
+        (torch.norm(later(), dim=-1), torch.norm(value, dim=-1)),
+        (torch.cat([later(), other]), torch.cat([value, other])),
+        (later().to(torch.float64).sum(), value.to(torch.float64).sum()),
+        (torch.stack([row for row in later()]), value),  # noqa: C416
+    ):
+        assert torch.equal(ours, plain)
+    assert (len(later()), later().shape) == (2, value.shape)
+
+
+def test_an_argument_that_changes_before_the_call_runs_is_an_error() -> None:
+    class Model:
+        folder = "transformer"
+        blocks = ()
+
+    latents = torch.zeros(2)
+    call = Call(Model(), lambda given: given, ([latents],), {})  # type: ignore[arg-type]
+    latents += 1
+    with pytest.raises(RuntimeError, match="changes what it has given to transformer"):
+        call.run()
+
+
+# What it takes
+
+
+def test_what_memory_leaves_for_prompts() -> None:
+    needed = Reads(step=100, steps=2, resident=10, block=50, encoders=500)
+    assert (needed.total, needed.peak) == (200, IMPORTS + BUFFERS + 500)
+    assert room(needed, needed.peak + 7, free=0) == 7
+    assert room(needed, None, free=10**9) == 8 * 10**8 - BUFFERS - 500
+    with pytest.raises(RecipeError, match="too little"):
+        room(needed, needed.peak, free=0)

@@ -193,6 +193,23 @@ def test_a_conversion_passes_the_validator(name: str, recipe: str, source: Made,
     assert found.built["kv_cache"] == (load_recipe(recipe).kv_cache or "auto")
 
 
+@pytest.mark.parametrize(("name", "form"), [("mixtral", "compressed-tensors"), ("qwen3_vl_moe", "modelopt")])
+def test_routed_experts_in_nvfp4_pass_the_validator(name: str, form: str, source: Made, tmp_path: Path) -> None:
+    """Of families that no recipe shows in NVFP4."""
+    family, out = FAMILIES[name], tmp_path / "out"
+    rules = [{"modules": rule.modules, "scheme": "nvfp4"} for rule in load_recipe(family.recipes[0]).quantize]
+    settings = [*family.settings(family.recipes[0], source(name), out), f"quantize={json.dumps(rules)}", f"export.format={form}"]
+    job = load_recipe(family.recipes[0], settings)
+    convert(prepare(job), resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    found = examine(out, source=source(name))
+    assert found.findings == ()
+    assert found.built is not None
+    assert sum(found.built["linears"].values()) > 70
+    assert all("NVFP4" in form for form in found.built["linears"])
+    drop("*.0.*experts.10.*.input_*scale")(out)
+    assert ("layout.missing-scale", "error") in {(f.code, f.severity) for f in examine(out, values=False).findings}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_amaxes_equal_the_resident_models_bit_for_bit(
     name: str, source: Made, converted: Callable[[str, str], Path], resident: Callable[[str], dict[str, float]]

@@ -1,5 +1,6 @@
 """`ckptq restore`: FP8 checkpoints back to BF16 ones that the libraries load."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -11,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 from make_fp8 import FORMS, make_fp8, read
+from pipelines import pipelines
 from test_storage import made, store
 
+from ckptq import prepare as preparing
 from ckptq import restore as restoring
 from ckptq.checkpoint import read_inventory
 from ckptq.console import Console
+from ckptq.convert import convert
 from ckptq.errors import DataError, OutputError, RecipeError, UnsupportedError
 from ckptq.journal import STAGING, Journal
 from ckptq.loading import load_component
+from ckptq.recipe import load_recipe, parse_recipe
 from ckptq.restore import prepare, restore
 from ckptq.storage import STORAGES
 
@@ -99,6 +104,108 @@ def test_the_loaders_model_is_that_of_the_restored_files(
         latents = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
         with torch.no_grad():
             assert torch.equal(model.decode(latents).sample, plain.decode(latents).sample)
+
+
+# Pipelines
+
+
+CONVERTED = {
+    "qwen_image": ("{transformer: fp8-dynamic, vae: fp8-storage, text_encoder: fp8-storage-channel}", "modelopt"),
+    "omnigen2": ("{transformer: fp8-dynamic}", "modelopt"),  # whose linears are renamed, and joined
+    "wan22": ("{transformer: fp8-dynamic, transformer_2: fp8-dynamic}", "modelopt"),
+}
+RENAMED = {
+    "qwen_image": set(),
+    "omnigen2": {"layers.0.feed_forward.gate_up_proj.weight", "layers.0.feed_forward.down_proj.weight"},
+    "wan22": {"blocks.0.ffn.net_0.proj.weight", "blocks.0.ffn.net_2.weight"},
+}
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """converted(name) -> (a pipeline, its conversion). Read only."""
+    made = pipelines()
+
+    @functools.cache
+    def one(name: str) -> tuple[Path, Path]:
+        root = tmp_path_factory.mktemp(name)
+        made[name].make(root / "source")
+        components, form = CONVERTED[name]
+        recipe = f"model: {root}/source\noutput: {root}/fp8\ncomponents: {components}\nexport: {{format: {form}}}"
+        job = preparing.prepare(parse_recipe(recipe, "r.yaml"))
+        convert(job, resume=False, device="cpu", memory=None, console=Console(quiet=True))
+        return root / "source", root / "fp8"
+
+    return one
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_pipeline_comes_back_under_its_own_names(
+    name: str, converted: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, fp8 = converted(name)
+    stored = read(fp8 / "transformer")
+    assert RENAMED[name] <= set(stored)
+    report = run(fp8, tmp_path / "out")
+    before, after = files(source), files(tmp_path / "out")
+    assert set(before) == set(after)
+    changed = {n for n in before if before[n] != after[n]}
+    assert changed == {f"{folder}/{next((source / folder).glob('*.safetensors')).name}" for folder in report.weights}
+    for folder, count in report.weights.items():
+        plain, found = read(source / folder), read(tmp_path / "out" / folder)
+        assert {n: (t.dtype, t.shape) for n, t in plain.items()} == {n: (t.dtype, t.shape) for n, t in found.items()}
+        apart = {n: float((t.float() - plain[n].float()).norm() / plain[n].float().norm()) for n, t in found.items()}
+        assert max(apart.values()) < 0.04
+        other = {n for n in plain if not torch.equal(plain[n], found[n])}
+        assert count <= len(other) <= 2 * count  # of two that were joined, one weight was stored
+
+
+def test_diffusers_loads_what_comes_out(converted: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Of Wan, whose conversion it does not load: linears have other names there."""
+    from diffusers import WanPipeline
+
+    source, fp8 = converted("wan22")
+    run(fp8, tmp_path / "out")
+    found = WanPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
+    plain = WanPipeline.from_pretrained(source, torch_dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    latents, text = (
+        torch.randn(1, 16, 1, 8, 8, generator=generator).bfloat16(),
+        torch.randn(1, 6, 64, generator=generator).bfloat16(),
+    )
+    with torch.no_grad():
+        ours, theirs = (pipeline.transformer(latents, torch.tensor([500]), text).sample.float() for pipeline in (found, plain))
+    assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.1
+
+
+def test_a_pipeline_takes_loaded_components(converted: Callable[[str], tuple[Path, Path]]) -> None:
+    """The loader's few lines: without them the pipeline is refused, by the section that has no quant_method."""
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+
+    source, fp8 = converted("qwen_image")
+    transformer = QwenImageTransformer2DModel.from_pretrained(source / "transformer", torch_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="quant_method"):
+        QwenImagePipeline.from_pretrained(fp8, transformer=transformer, torch_dtype=torch.bfloat16)
+    loaded = {name: load_component(fp8 / name, dtype=torch.bfloat16) for name in ("vae", "text_encoder")}
+    pipeline = QwenImagePipeline.from_pretrained(fp8, transformer=transformer, torch_dtype=torch.bfloat16, **loaded)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red cube", num_inference_steps=1, height=32, width=32, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+
+
+def test_our_language_model_comes_back(example_model: Path, tmp_path: Path) -> None:
+    recipe = "qwen25vl-lm-fp8-dynamic-compressed-tensors"
+    job = preparing.prepare(load_recipe(recipe, model=str(example_model), output=str(tmp_path / "fp8")))
+    convert(job, resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    report = run(tmp_path / "fp8", tmp_path / "out")
+    plain, found = read(example_model), read(tmp_path / "out")
+    assert plain.keys() == found.keys()
+    other = [n for n in plain if not torch.equal(plain[n], found[n])]
+    assert len(other) == report.weights[""] > 20
+    assert all(float((found[n].float() - plain[n].float()).norm() / plain[n].float().norm()) < 0.04 for n in other)
+    assert {n for n in files(example_model) if ".safetensors" not in n} == {
+        n for n in files(tmp_path / "out") if ".safetensors" not in n
+    }
 
 
 # A run of it
@@ -202,3 +309,23 @@ def test_the_command(made: Callable[[str], Path], tmp_path: Path) -> None:
     assert (nothing.returncode, nothing.stdout) == (2, "")
     assert "nothing to restore" in nothing.stderr
     assert Journal(tmp_path / "out").written_bytes() == 0
+
+
+def test_no_tensor_is_whole_in_memory(tmp_path: Path) -> None:
+    """One of 272 MB of codes, which become twice as much."""
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    codes, scale = 9216 * 29568, 4 * 9216
+    text = json.dumps(
+        {
+            "a.weight_scale": {"dtype": "F32", "shape": [9216, 1], "data_offsets": [0, scale]},
+            "a.weight": {"dtype": "F8_E4M3", "shape": [9216, 29568], "data_offsets": [scale, scale + codes]},
+        }
+    ).encode()
+    with (folder / "model.safetensors").open("wb") as file:  # its data is a hole, which takes no disk
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + scale + codes)
+    done = command(folder, tmp_path / "out", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["peak_rss"] < 350e6

@@ -41,6 +41,7 @@ DENSE, SHARDED, MOE = "vl-modelopt-fp8kv-ckptq-onefile", "vl-modelopt-fp8kv-ckpt
 NVFP4, W4A16, MXFP8 = "vl-modelopt-nvfp4kv-ckptq", "vl-modelopt-w4a16-peer", "vl-modelopt-mxfp8-peer"
 INT8, CT_NVFP4, MXFP4 = "vl-ct-int8-ckptq", "vl-ct-nvfp4kv-peer", "vl-ct-mxfp4-ckptq"
 MIXED = "vl-modelopt-mixedkv-peer"
+MOE_NVFP4, MOE_W4A16, MOE_CT = "moe-modelopt-nvfp4kv-peer", "moe-ct-nvfp4a16-ckptq", "moe-ct-nvfp4kv-ckptq"
 A = "model.layers.0.self_attn"
 E = "model.layers.1.mlp.experts"
 Said = set[tuple[str, str, str]]
@@ -455,6 +456,27 @@ LOADS: dict[str, tuple[str, Edit, Said]] = {
         MOE,
         drop(f"{E}.0.down_proj.input_scale"),
         {("error", "unwritten", f"{E}.0.down_proj.input_scale")},
+    ),
+    **{f"good {base}": (base, nothing, set()) for base in (MOE_NVFP4, MOE_W4A16, MOE_CT)},
+    "an NVFP4 expert's input scale missing": (
+        MOE_NVFP4,
+        drop(f"{E}.0.up_proj.input_scale"),
+        {("error", "unwritten", f"{E}.0.up_proj.input_scale")},
+    ),
+    "an NVFP4 expert's scales of groups missing": (
+        MOE_CT,
+        drop(f"{E}.3.down_proj.weight_scale"),
+        {("error", "unwritten", f"{E}.3.down_proj.weight_scale")},
+    ),
+    "up's scale of the whole tensor missing, where gate's counts": (
+        MOE_W4A16,
+        drop(f"{E}.1.up_proj.weight_global_scale"),
+        {("warning", "unwritten", f"{E}.1.up_proj.weight_global_scale")},
+    ),
+    "gate's scale of the whole tensor missing": (
+        MOE_NVFP4,
+        drop(f"{E}.1.gate_proj.weight_scale_2"),
+        {("error", "unwritten", f"{E}.1.gate_proj.weight_scale_2")},
     ),
 }
 

@@ -40,6 +40,8 @@ _DOING = {
     "config": "reading the config", "create": "building the model", "load": "loading the weights",
     "process": "processing the loaded weights", "engine": "starting the engine", "generate": "generating",
 }  # fmt: skip
+_OF_GATE = ("w13_weight_scale_2", "w13_weight_global_scale")
+"""Of NVFP4 experts: modelopt.py ModelOptNvFp4FusedMoE and compressed_tensors_moe_w4a4_nvfp4.py take gate's for gate and up."""
 _FIRST_MEND = "mend the other findings first; without any, the fault may lie with this vLLM, its settings or too little memory"
 
 
@@ -245,10 +247,6 @@ def _unwritten(trace: Mapping[str, Any], names: _Names) -> Iterator[Finding]:
                 "server.unwritten", names.of(name, missing["part"]), "a value for every element of the server's parameter", found,
                 effect, _store(leaf),
             )  # fmt: skip
-
-
-# Of routed experts in NVFP4. modelopt.py ModelOptNvFp4FusedMoE and compressed_tensors_moe_w4a4_nvfp4.py take gate's for both.
-_OF_GATE = ("w13_weight_scale_2", "w13_weight_global_scale")
 
 
 def _gate_of(part: str) -> str:

@@ -1,6 +1,5 @@
 """What Llama-like decoders have of their own: biases, tied heads, heads of another width, windows, norms on heads and after blocks.
-
-Each export is ckptq's, of a tiny checkpoint of tests/families, whose modules have the same names.
+Each export is ckptq's, of a tiny checkpoint of tests/families.
 """
 
 from __future__ import annotations
@@ -26,10 +25,11 @@ from corpus.edit import (
 )
 from corpus.edit_files import config, elsewhere
 from corpus.mutants import fault
-from corpus.mutants_families import also, without
+from corpus.mutants_families import without
 from corpus.places import DOWN, GATE, L0, L1, OUT, K, Q, V
 
 PLAIN = "llama mistral qwen2 qwen3 gemma3text"
+FAMILIES = f"{PLAIN} phi3 vl-modelopt qwen2vl qwen3vl gemma3 llava moe-modelopt mixtral qwen3vl-moe omni omni-moe"
 BF16 = torch.bfloat16
 
 
@@ -53,6 +53,15 @@ def as_one(layer: str, name: str, *shards: str) -> Edit:
         stored[f"{layer}{name}.weight"] = torch.cat([t.view(torch.uint8) for t in found]).view(found[0].dtype)
         for scale in ("weight_scale", "input_scale"):
             stored[f"{layer}{name}.{scale}"], *_ = [stored.pop(f"{layer}{shard}.{scale}") for shard in shards]
+
+    return tensors(apply)
+
+
+def copied(end: str, old: str, new: str) -> Edit:
+    """The tensors whose names end so again, under another number."""
+
+    def apply(stored: Tensors) -> None:
+        stored |= {name.replace(old, new, 1): stored[name].clone() for name in matching(stored, f"*{old}*{end}")}
 
     return tensors(apply)
 
@@ -283,8 +292,6 @@ CONFIGS = (
         "tensor that no module has",
         bad={
             "llama": {"a norm of the queries": put({f"{L0}self_attn.q_norm.weight": torch.ones(32, dtype=BF16)})},
-            "qwen3": {"a layer after the last": copy(f"{L1}input_layernorm.weight", "model.layers.2.input_layernorm.weight")},
-            "qwen2": {"of a draft model": copy(f"{L1}input_layernorm.weight", "mtp.layers.0.input_layernorm.weight")},
             "gemma3text": {"a fifth norm": copy(f"{L1}input_layernorm.weight", f"{L1}ffn_layernorm.weight")},
         },
         near={"llama mistral": {"rotary buffers": put({f"{L0}self_attn.rotary_emb.inv_freq": torch.ones(16)})}},
@@ -300,9 +307,13 @@ CONFIGS = (
         near={"mistral": {"in a file of its own": elsewhere(f"{OUT}.weight")}},
     ),
     *fault(
-        "some shards of a fused linear excluded",
-        bad={"llama": {"up": also(f"{L0}mlp.up_proj")}, "qwen2": {"v": also(V)}},
-        near={"mistral": {"of a layer that is not there": also("model.layers.9.self_attn.q_proj")}},
+        "tensor of a draft model",
+        bad={
+            FAMILIES: {"mtp": put({"mtp.layers.0.input_layernorm.weight": torch.ones(64, dtype=BF16)})},
+            PLAIN: {"in a layer after the last": copy(f"{L1}input_layernorm.weight", "model.layers.2.input_layernorm.weight")},
+            "mixtral moe-modelopt": {"a router after the last layer": copied("gate.weight", ".1.", ".2.")},
+        },
+        near={"omni omni-moe": {"of another stage": put({"talker.mtp.weight": torch.ones(64, dtype=BF16)})}},
     ),
     *fault(
         "codes and values changed",

@@ -23,7 +23,18 @@ def typed(dtype: str) -> Callable[[dict[str, Any]], None]:
     return apply
 
 
+HALF_A_BLOCK = both(
+    alter(lambda t: t[:64], "model.layers.*.[kv]_proj.weight", "model.layers.*.[kv]_proj.bias"),
+    config(lambda c: c["text_config"].update(num_key_value_heads=1)),
+)
+"""One KV head of 64 rows: the block of K's scales would go on into V's."""
+
 SHAPES = (
+    *fault(
+        "block that lies in two shards",
+        bad={"vl-pb-wo vl-ct-block vl-fp8-block": {"of keys and values": HALF_A_BLOCK}},
+        near={"vl-pb-wo vl-ct-block vl-fp8-block": {"a key of training": config(lambda c: c.update(attention_dropout=0.1))}},
+    ),
     *fault(
         "one scale in two dimensions",
         bad={

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python tests/peers/resident_pipeline.py PIPELINE_DIR SETTINGS.json OUTPUT.json
 
-SETTINGS.json holds the recipe's section `calibration`. OUTPUT.json gets {folder: {module: amax of its input}}. Run it in a process of
-its own: ModelOpt patches diffusers and torch for good.
+SETTINGS.json holds the recipe's section `calibration`. OUTPUT.json gets {folder: {module: amax of its input}}. Run it in a
+process of its own: ModelOpt patches diffusers and torch for good.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""GLM-Image: one stream of text and image, conditioned on tokens that a language model wrote."""
+"""GLM-Image: one stream of text and image, conditioned on tokens that a language model wrote.
+
+The files of its processor stand for those of the class, which wants torchvision: diffusers' pipeline runs here without it and the
+language model, given `prior_token_ids`.
+"""
 
 from pathlib import Path
 
@@ -25,12 +29,16 @@ def make(folder: Path, layers: int = 2, heads: int = 2) -> None:
     parts.t5("T5").save_pretrained(folder / "text_encoder")
     ByT5Tokenizer().save_pretrained(folder / "tokenizer")
     parts.scheduler().save_pretrained(folder / "scheduler")
+    parts.glm_image_writer().save_pretrained(folder / "vision_language_encoder")
+    parts.qwen_processor(folder / "processor")
     components = {
+        "processor": ("transformers", "GlmImageProcessor"),
         "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
         "text_encoder": ("transformers", "T5EncoderModel"),
         "tokenizer": ("transformers", "ByT5Tokenizer"),
         "transformer": ("diffusers", "GlmImageTransformer2DModel"),
         "vae": ("diffusers", "AutoencoderKL"),
+        "vision_language_encoder": ("transformers", "GlmImageForConditionalGeneration"),
     }
     parts.index(folder, "GlmImagePipeline", components)
 

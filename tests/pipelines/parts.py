@@ -178,6 +178,30 @@ def mistral3(hidden: int = 32, layers: int = 30) -> Any:
     return filled(Mistral3ForConditionalGeneration(config), seed=1)
 
 
+def glm_image_writer() -> Any:
+    """The language model that writes GLM-Image's image tokens, with a tower."""
+    from transformers import GlmImageConfig, GlmImageForConditionalGeneration
+
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": VOCAB,
+        "vision_vocab_size": 128,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 4089,
+        "eos_token_id": 65,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0},
+    }
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 16}
+    vq = {"embed_dim": 64, "num_embeddings": 64, "latent_channels": 64}
+    tokens = {"image_token_id": 4094, "image_start_token_id": 64, "image_end_token_id": 65}
+    config = GlmImageConfig(text_config=text, vision_config=vision, vq_config=vq, **tokens)
+    return filled(GlmImageForConditionalGeneration(config), seed=4)
+
+
 def qwen_vae() -> Any:
     """Sixteen latent channels, as the statistics in its config have."""
     from diffusers import AutoencoderKLQwenImage

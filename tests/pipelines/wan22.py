@@ -5,7 +5,7 @@ from pathlib import Path
 from pipelines import Pipeline
 
 
-def make(folder: Path, layers: int = 2, heads: int = 2) -> None:
+def make(folder: Path, layers: int = 2, heads: int = 2, ffn_dim: int = 128) -> None:
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     from pipelines import parts
@@ -16,7 +16,7 @@ def make(folder: Path, layers: int = 2, heads: int = 2) -> None:
             attention_head_dim=32,
             text_dim=64,
             freq_dim=32,
-            ffn_dim=128,
+            ffn_dim=ffn_dim,
             num_layers=layers,
             rope_max_seq_len=64,
         )
