@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from ckptq.tensors import blank, raw, typed
 ALIGNMENT = 64
 STAGED = 1 << 26
 """Bytes on their way to a GPU at a time. Pinning memory takes time; two layers of a 72B would take 3.6 GB of it."""
+
+
+Look = Callable[[SourceTensor, torch.Tensor], None]
+"""What is shown each stored tensor of a model as it is read."""
+
+
+def unseen(source: SourceTensor, values: torch.Tensor) -> None:
+    """Looks at nothing."""
 
 
 class Blocks:
@@ -51,12 +60,14 @@ class Blocks:
     def fill_buffers(self) -> None:
         """Computes what no file holds, once the rest is there."""
 
-    def load_resident(self, look: Callable[[SourceTensor, torch.Tensor], None] = lambda source, values: None) -> None:
-        """Gives real weights to everything but the blocks, and computes buffers that no file holds.
+    def load_resident(self, look: Look = unseen, within: str = "") -> None:
+        """Gives real weights to everything but the blocks, or of that to what lies `within` a module; computes what no file holds.
 
         `look` is shown each tensor as it is stored.
         """
         for name, filling in self._resident_sources.items():
+            if not name.startswith(within):
+                continue
             buffer = torch.empty(_slot(filling.spec), dtype=torch.uint8, device=self.device)
             self._read(filling, buffer)
             self._set(name, _stored(filling, buffer, look).to(self._dtypes[name]))
@@ -66,6 +77,18 @@ class Blocks:
         """Frees them again; samples that wait at a block no longer need them."""
         for name, filling in self._resident_sources.items():
             self._set(name, blank(filling.spec, self._dtypes[name]))
+
+    def in_turn(self, first: int = 0, look: Look = unseen) -> Iterator[int]:
+        """Block after block from `first` on with its weights in place, the next one being read meanwhile if there is room."""
+        last = len(self._layer_sources) - 1
+        with ThreadPoolExecutor(1) as pool:
+            coming: list[Future[torch.Tensor]] = []
+            for index in range(first, last + 1):
+                while len(coming) <= min(self.ahead, last - index):
+                    coming.append(pool.submit(self.read_layer, index + len(coming)))
+                with self.use_layer(index, coming[0].result(), look):
+                    yield index
+                del coming[0]
 
     def read_layer(self, index: int) -> torch.Tensor:
         """A layer's weights as bytes on `device`, in buffers that are used in turn: one, and one for each layer that is read ahead.
@@ -82,9 +105,7 @@ class Blocks:
         return slot
 
     @contextlib.contextmanager
-    def use_layer(
-        self, index: int, slot: torch.Tensor, look: Callable[[SourceTensor, torch.Tensor], None] = lambda source, values: None
-    ) -> Iterator[None]:
+    def use_layer(self, index: int, slot: torch.Tensor, look: Look = unseen) -> Iterator[None]:
         """The layer has its weights, from what `read_layer` returned, until the block ends. `look`: see load_resident."""
         fillings, at = self._layer_sources[index], 0
         for name, filling in fillings.items():
@@ -142,7 +163,7 @@ class Blocks:
         return torch.cuda.stream(self._stream)
 
 
-def _stored(filling: Filling, buffer: torch.Tensor, look: Callable[[SourceTensor, torch.Tensor], None]) -> torch.Tensor:
+def _stored(filling: Filling, buffer: torch.Tensor, look: Look) -> torch.Tensor:
     """What `_read` put into a byte buffer, in the stored dtype. `look` is shown each tensor of it."""
     at = 0
     for source in filling.sources:

@@ -1,16 +1,23 @@
 """The class of diffusers or transformers that a component's config.json names, and what it makes of the stored weights.
 
-The class is built on `meta`, from config.json alone: no weights are read, and no code of the checkpoint's own runs.
+The class is built on `meta`, from config.json alone: no weights are read, and no code of the checkpoint's own runs. It is built
+in a process of its own, because both libraries take more memory than what converts a checkpoint.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from ckptq.checkpoint import Component
-from ckptq.errors import SourceError, UnsupportedError
+from ckptq import errors
+from ckptq.checkpoint import Component, SourceTensor, TensorSpec
+from ckptq.errors import CkptqError, SourceError, UnsupportedError
 from ckptq.folder import printable
 from ckptq.plan import module_of
 from ckptq.scopes import MOST_LAYERS
@@ -24,6 +31,42 @@ def kinds(component: Component) -> dict[str, str]:
     A linear that shares its weight with an embedding is one. The dict has the stored tensors called `<module>.weight`.
     Raises UnsupportedError where no class can be built, SourceError for a weight of another shape than the class has.
     """
+    library = "diffusers" if "_class_name" in component.config else "transformers"
+    return _kinds(component) if library in sys.modules else _asked(component)
+
+
+def _asked(component: Component) -> dict[str, str]:
+    specs = {name: (t.spec.dtype, t.spec.shape) for name, t in component.tensors.items() if name.endswith(".weight")}
+    body = json.dumps({"folder": component.folder, "config": dict(component.config), "tensors": specs})
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-W", "ignore", "-m", __name__]
+    done = subprocess.run(  # noqa: S603  our own module
+        command, input=body, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}") from None
+    if isinstance(found, list):
+        kind, message, hint = found
+        raise getattr(errors, kind)(message, hint=hint)
+    return {str(name): str(kind) for name, kind in found.items()}
+
+
+def main() -> None:
+    """The other process: a component on stdin, its `kinds` on stdout, or [error's class, message, hint]."""
+    told = sys.stdout
+    sys.stdout = sys.stderr
+    asked = json.load(sys.stdin)
+    tensors = {n: SourceTensor(TensorSpec(n, dtype, tuple(shape)), "", 0) for n, (dtype, shape) in asked["tensors"].items()}
+    try:
+        found: object = _kinds(Component(asked["folder"], "", asked["config"], tensors, (), (), ()))
+    except CkptqError as error:
+        found = [type(error).__name__, str(error), error.hint]
+    json.dump(found, told)
+
+
+def _kinds(component: Component) -> dict[str, str]:
     import torch
 
     model = build(component)
@@ -132,3 +175,7 @@ def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 def _of(component: Component) -> str:
     return component.folder or "the checkpoint"
+
+
+if __name__ == "__main__":
+    main()

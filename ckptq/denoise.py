@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from greenlet import GreenletExit
 
+from ckptq.blocks import Look, unseen
 from ckptq.calibration import Sample, load_samples
 from ckptq.checkpoint import Inventory, read_inventory
 from ckptq.console import Advance, Console
 from ckptq.cost import available_memory
-from ckptq.denoise_cost import DYNAMIC, DenoiserPart, reads, room
+from ckptq.denoise_cost import DYNAMIC, DenoiserPart, fitting, reads, room
 from ckptq.denoise_models import PipelineModel
 from ckptq.denoise_pipeline import Pipeline, arguments, hushed, open_pipeline
-from ckptq.denoise_run import Look, Run, unseen
+from ckptq.denoise_run import Run
 from ckptq.errors import CalibrationError, DataError, UnsupportedError
 from ckptq.observe import Seen
 from ckptq.plan import Observer
@@ -62,7 +63,11 @@ def measure(
     with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad():
         pipeline = open_pipeline(inventory, parts, device, stack, images=any(sample.image for sample in samples))
         stack.enter_context(hushed())
-        budget = room(reads(inventory, settings), memory if device.type == "cpu" else None, _free(device))
+        limit = memory if device.type == "cpu" else None
+        needed = fitting(reads(inventory, settings), limit)
+        for model in pipeline.denoisers.values():
+            model.ahead = needed.ahead
+        budget = room(needed, limit, _free(device))
         work = _Work(pipeline, parts, samples, settings, console)
         for part in parts:
             work.observe(part, stack)
@@ -130,6 +135,8 @@ class _Work:
                 pipeline(**given)
             except ValueError as error:
                 raise CalibrationError(f"{type(pipeline).__name__} does not run with these settings: {error}") from error
+            except (ImportError, NameError) as error:  # diffusers 0.42.1 names ftfy where it has not been able to import it
+                raise UnsupportedError(f"{type(pipeline).__name__} needs a package that is not installed: {error}") from error
 
         return prompt
 

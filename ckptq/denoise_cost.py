@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptq.checkpoint import Component, Inventory, Reader
@@ -42,6 +42,7 @@ class Reads:
     resident   what is beside the blocks in a denoiser, in memory while it runs
     block      the largest block
     encoders   in memory while prompts are encoded: embeddings, two layers at a time, and whole what writes tokens or encodes images
+    ahead      blocks of a denoiser that are read while one computes
     """
 
     step: int
@@ -49,6 +50,7 @@ class Reads:
     resident: int
     block: int
     encoders: int
+    ahead: int = 1
 
     @property
     def total(self) -> int:
@@ -57,7 +59,7 @@ class Reads:
     @property
     def peak(self) -> int:
         """Of memory, less what waiting prompts hold."""
-        return IMPORTS + BUFFERS + max(self.encoders, self.resident + 2 * self.block)
+        return IMPORTS + BUFFERS + max(self.encoders, self.resident + (1 + self.ahead) * self.block)
 
 
 def reads(inventory: Inventory, settings: PromptCalibration) -> Reads:
@@ -122,13 +124,18 @@ def refuse_unrunnable(pipeline: Mapping[str, Any] | None, denoiser: Denoiser) ->
             )
 
 
+def fitting(needed: Reads, limit: int | None) -> Reads:
+    """The same, but without a block that is read ahead where that leaves no room for what waits."""
+    return needed if limit is None or limit > needed.peak else replace(needed, ahead=0)
+
+
 def room(needed: Reads, limit: int | None, free: int) -> int:
     """Bytes that waiting prompts may hold: under `limit` in all, or 80 % of what is `free` now. Raises RecipeError for none."""
     if limit is None:
         return max(int(0.8 * free) - (needed.peak - IMPORTS), 0)
     if limit <= needed.peak:
         raise RecipeError(
-            f"--memory {size(limit)}: too little: text encoders, or two blocks of the denoiser, take {size(needed.peak)}",
+            f"--memory {size(limit)}: too little: text encoders, or a block of the denoiser, take {size(needed.peak)}",
             hint=f"give --memory {-(-needed.peak * 11 // 10**7)}MB or more",
         )
     return limit - needed.peak

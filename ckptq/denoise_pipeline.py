@@ -119,8 +119,14 @@ def _loaded(folder: Path, library: str, kind: str) -> Any:
     if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
         return unfilled(cls, folder)
     options = {} if library == "diffusers" else {"trust_remote_code": False}
-    with quiet():
-        return cls.from_pretrained(folder, local_files_only=True, **options)
+    try:
+        with quiet():
+            return cls.from_pretrained(folder, local_files_only=True, **options)
+    except ImportError as error:
+        told = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"{folder.name}: {told}", hint="install the package that it names") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(f"{folder.name}: {kind} can't be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _maker(cls: Any, given: Mapping[str, Any], device: torch.device) -> Callable[[], Any]:
@@ -191,4 +197,4 @@ def arguments(pipeline: Any, settings: PromptCalibration, sample: Sample, number
             f"{sample.name}: {type(pipeline).__name__} edits an image, and the prompt brings none",
             hint="name some in calibration.images, or give `image` in the lines of a .jsonl file",
         )
-    return given
+    return {name: value for name, value in given.items() if name in takes}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -18,12 +17,9 @@ from typing import Any, Protocol
 import torch
 from greenlet import getcurrent, greenlet
 
-from ckptq.checkpoint import SourceTensor
+from ckptq.blocks import Look, unseen
 from ckptq.denoise_models import PipelineModel
 from ckptq.waiting import held_bytes, tensors
-
-Look = Callable[[SourceTensor, torch.Tensor], None]
-"""What is shown each stored tensor of a model as it is read."""
 
 
 class Call:
@@ -201,11 +197,12 @@ class Run:
                 branch = greenlet(call.run)
                 self._branches[branch] = call
                 self._go_on(branch, numbers)
-            for index in self._each_block(model, look):
+            for index in model.in_turn(0, look):
                 for branch in [b for b in self._branches if self._at[b] == index]:
                     self._go_on(branch, numbers)
                 self._events.block(model)
             look, reads = unseen, reads + 1
+        model.release()
         self._events.end(model, reads)
 
     def _go_on(self, branch: greenlet, numbers: Mapping[greenlet, int]) -> None:
@@ -214,22 +211,6 @@ class Run:
         if branch.dead:
             self._at.pop(branch, None)
             del self._branches[branch]
-
-    def _each_block(self, model: PipelineModel, look: Look) -> Iterator[int]:
-        """Block after block with its weights in place, the next one being read meanwhile if there is room for it."""
-        last = len(model.blocks) - 1
-        try:
-            with ThreadPoolExecutor(1) as pool:
-                coming: list[Future[torch.Tensor]] = []
-                for index in range(last + 1):
-                    while len(coming) <= min(model.ahead, last - index):
-                        coming.append(pool.submit(model.read_layer, index + len(coming)))
-                    slot = coming[0].result()
-                    with model.use_layer(index, slot, look):
-                        yield index
-                    del coming[0]
-        finally:
-            model.release()
 
     def _park(self, model: PipelineModel, index: int, block: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """Before every block: wait for the driver. Returns None: torch would take anything else for new arguments."""
@@ -243,10 +224,6 @@ class Run:
         self._at[branch] = index
         del args, kwargs
         self._driver.switch()
-
-
-def unseen(source: SourceTensor, values: torch.Tensor) -> None:
-    """Looks at nothing."""
 
 
 def _plain(value: Any) -> bool:

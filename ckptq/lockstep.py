@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -19,17 +18,12 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
-from ckptq.checkpoint import SourceTensor
+from ckptq.blocks import Look, unseen
 from ckptq.console import Console
 from ckptq.streamed import StreamedModel
 from ckptq.waiting import free_outside, held_bytes
 
 Inputs = dict[str, torch.Tensor]
-Look = Callable[[SourceTensor, torch.Tensor], None]
-
-
-def unseen(source: SourceTensor, values: torch.Tensor) -> None:
-    """Looks at no weight."""
 
 
 class Wave:
@@ -117,22 +111,17 @@ class Wave:
 
     def layers(self, first: int = 0) -> Iterator[int]:
         """Layer after layer from `first` on with its weights in place, the next one being read meanwhile if there is room."""
-        streamed, last = self._streamed, len(self._streamed.layers) - 1
-        with ThreadPoolExecutor(1) as pool:
-            coming: list[Future[torch.Tensor]] = []
-            for index in range(first, last + 1):
-                while len(coming) <= min(streamed.ahead, last - index):
-                    coming.append(pool.submit(streamed.read_layer, index + len(coming)))
-                slot = coming[0].result()
-                with streamed.use_layer(index, slot, self._look):
-                    yield index
-                del coming[0]
+        return self._streamed.in_turn(first, self._look)
 
     def step(self, turn: Callable[[int], None] = lambda number: None) -> None:
         """Lets every sample run through the layer that it waits for. `turn` is told each one's place before it goes on."""
-        for place, sample in enumerate(self._samples):
+        for place in range(len(self._samples)):
             turn(place)
-            sample.switch()
+            self.step_one(place)
+
+    def step_one(self, place: int) -> None:
+        """Lets one sample run through it."""
+        self._samples[place].switch()
 
     def hidden(self) -> list[torch.Tensor]:
         """What each sample has for the next layer, or has got of the last one: [1, T, H]."""

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from ckptq.errors import UnsupportedError
 
-Note = Callable[[str, torch.Tensor], None]
-"""Takes a parameter's name in the module, and a value that is multiplied with a slice of it."""
+Note = Callable[[str, torch.Tensor], torch.Tensor | None]
+"""Takes a parameter's name in the module, and a value that is multiplied with a slice of it; what it returns stands in for that."""
 
 
 @contextmanager
@@ -72,5 +72,6 @@ class _Linears(TorchFunctionMode):
             for name, place in self._places.items():
                 if at in place:
                     self.noted.add(name)
-                    self._note(name, args[0])
+                    if (changed := self._note(name, args[0])) is not None:
+                        args = (changed, *args[1:])
         return function(*args, **(kwargs or {}))

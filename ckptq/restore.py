@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from ckptq.errors import DataError, RecipeError, SourceError
 from ckptq.folder import walk
 from ckptq.journal import Journal
 from ckptq.plan import Copy, Plan
+from ckptq.scopes import all_scopes
 from ckptq.shards import fill_files, index_text
 from ckptq.writer import copy_file, sync_folder, write_text
 
@@ -35,6 +36,7 @@ class Restoration:
     inventory  the checkpoint as its BF16 self
     plans      {folder of a component: what is written of it}
     copied     files that stay as they are, relative to the root
+    notes      what else a reader of the output must know
     """
 
     label: str
@@ -42,6 +44,7 @@ class Restoration:
     inventory: Inventory
     plans: Mapping[str, Plan]
     copied: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -78,7 +81,15 @@ def prepare(checkpoint: str, shard_size: int = SHARD_SIZE) -> Restoration:
     plans = {c.folder: plan_restore(c, shard_size) for c in inventory.components if c.dequantized}
     kept = (c.folder for c in inventory.components if not c.dequantized)
     files = (f"{folder}/{name}" for folder in kept for name, hidden in walk(source.root / folder) if not hidden)
-    return Restoration(checkpoint, source, inventory, MappingProxyType(plans), (*files, *inventory.files))
+    notes = tuple(_notes(inventory))
+    return Restoration(checkpoint, source, inventory, MappingProxyType(plans), (*files, *inventory.files), notes)
+
+
+def _notes(inventory: Inventory) -> Iterator[str]:
+    said = inventory.main.config.get("architectures")
+    names = said if isinstance(said, list) else []
+    if any(s.experts and s.experts.stored and set(s.architectures) & set(names) for s in all_scopes()):
+        yield "routed experts stay one by one: the original has a layer's in one tensor, and transformers reads no other form"
 
 
 def plan_restore(component: Component, shard_size: int) -> Plan:
@@ -107,6 +118,8 @@ def restore(job: Restoration, output: Path, console: Console, *, resume: bool = 
     """Writes the BF16 checkpoint. Raises a CkptqError; the files that were finished until then stay for `resume`."""
     journal = Journal(output)
     journal.refuse_existing(resume=resume)
+    for note in job.notes:
+        console.note(note)
     cost.check_space(output, job.nbytes - journal.written_bytes())
     if job.source.label is not None:
         job = dataclasses.replace(job, source=hub.fetch(job.label, weights=True))
@@ -196,7 +209,7 @@ def plan_data(job: Restoration) -> dict[str, Any]:
         for c in job.components
     }
     kept = [c.folder for c in job.inventory.components if c.folder not in job.plans]
-    return {"restored": parts, "kept": kept, "copied": list(job.copied), "output_bytes": job.nbytes}
+    return {"restored": parts, "kept": kept, "copied": list(job.copied), "notes": list(job.notes), "output_bytes": job.nbytes}
 
 
 def show_plan(console: Console, job: Restoration) -> None:
@@ -204,6 +217,8 @@ def show_plan(console: Console, job: Restoration) -> None:
     rows = [(c.folder or "the model", "; ".join(c.dequantized), size(job.plans[c.folder].nbytes)) for c in job.components]
     rows += [(c.folder, "copied as it is", size(c.stored_bytes)) for c in job.inventory.components if c.folder not in job.plans]
     console.table(f"Plan for {job.label}", ("component", "what is done", "size"), rows, right=(2,))
+    for note in job.notes:
+        console.show(note)
 
 
 def report_data(report: Restored) -> dict[str, Any]:

@@ -59,6 +59,16 @@ class StreamedModel(Blocks):
         """The module that runs the layers one after another."""
         return self._modules[module_of(self._layers_name)]
 
+    @property
+    def decoder_name(self) -> str:
+        """Its name in memory."""
+        return module_of(self._layers_name)
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """{stored tensor: the parameter in memory that it fills}."""
+        return self._memory_name
+
     def module(self, source_module: str) -> torch.nn.Module:
         """The module in memory that has the weight of a module of the source: of a routed expert, that of all experts."""
         return self._modules[module_of(self._memory_name[f"{source_module}.weight"])]

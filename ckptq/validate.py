@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections import Counter
@@ -114,7 +113,7 @@ def examine(
     tensors = {name: tensor.spec for name, tensor in main.tensors.items()}
     stages = Stages(progress or Console(quiet=True))
     with stages.run("layout", len(tensors), "tensors") as advance:
-        other, unreadable = _other_config(folder, idle=isinstance(main.config.get("quantization_config"), dict))
+        other, unreadable = other_config(folder, idle=isinstance(main.config.get("quantization_config"), dict))
         findings, at = _layout(Stored(main.config, other, tensors, unreadable), scope, server=server, tp=tp, ep=ep)
         findings += files.check(folder, main, values=values)
         advance(len(tensors))
@@ -146,7 +145,10 @@ def examine(
         "parallel": unbuilt if tp > 1 or ep else "needs --tp N or --ep",
     }
     skipped = {what: why for what, why in skipped.items() if why}
-    findings = [_talked(f) for f in findings] if target == "vllm-omni" else findings
+    if target == "vllm-omni":
+        from ckptq.validators import omni
+
+        findings = [omni.of_talker(f) for f in findings]
     built = figures(at) if at else None
     return Validation(tuple(group(findings)), tuple(stages.ended), skipped, built, (scope.name, whence))
 
@@ -159,13 +161,6 @@ def is_diffusion(folder: Path) -> bool:
         return find_denoiser(read_config(folder)[1], None) is not None
     except (SourceError, OSError):
         return False
-
-
-def _talked(finding: Finding) -> Finding:
-    """vLLM passes a talker over; vLLM-Omni builds it as a stage of its own, with the same quantization config."""
-    said = finding.code == "layout.draft-not-excluded" and finding.subject.startswith("talker.")
-    effect = "vLLM-Omni builds the talker with the same configuration and casts it to codes, silently: the speech is noise"
-    return dataclasses.replace(finding, severity="error", effect=effect) if said else finding
 
 
 @dataclass(slots=True)
@@ -226,7 +221,7 @@ def _unrecorded(written: record.Record | None, odd: bool, values: bool) -> str:
     return "" if values else "left out by --no-values"
 
 
-def _other_config(folder: Path, idle: bool) -> tuple[Mapping[str, Any] | None, str]:
+def other_config(folder: Path, idle: bool) -> tuple[Mapping[str, Any] | None, str]:
     """(hf_quant_config.json, why it can't be read). Raises SourceError for that, unless the file is `idle`."""
     path = folder / configs.OTHER
     if not path.exists():

@@ -58,7 +58,8 @@ def examine_pipeline(
             advance(count)
     if source is not None and passthrough:
         with stages.run("passthrough", nbytes, "bytes") as advance:
-            findings += _passthrough(inventory, source, copied, advance)
+            proved = copied if copied is None else [name for name in copied if _proved(name, written, digests)]
+            findings += _passthrough(inventory, source, proved, advance)
     skipped = {
         "kv": "a denoiser has no KV cache",
         "values": "" if values else "left out by --no-values",
@@ -69,6 +70,13 @@ def examine_pipeline(
     names = ", ".join(dict.fromkeys(at.denoiser.name for at in built.values())) or "vllm-omni"
     said = {what: why for what, why in skipped.items() if why}
     return Validation(tuple(group(findings)), tuple(stages.ended), said, figures(built), (names, "ckptq"), OMNI)
+
+
+def _proved(name: str, written: Mapping[str, record.Record], digests: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether a copied tensor still has the digest that was taken of the source's bytes."""
+    folder, _, tensor = name.rpartition("/")
+    said = written[folder].tensors if folder in written else None
+    return said is not None and digests.get(folder, {}).get(tensor, "") == said.get(tensor)
 
 
 def _unrecorded(written: Mapping[str, record.Record], odd: bool, values: bool) -> str:

@@ -10,12 +10,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import edit
+from corpus import edit, edit_files
 from corpus.edit import Edit, edit_json
 
 FP8 = torch.float8_e4m3fn
@@ -32,13 +31,17 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One edit of a base. `name`: base/fault/what exactly; of a near miss `near` stands before the last part."""
+    """One edit of a base. `name`: base/fault/what exactly; of a near miss `near` stands before the last part.
+
+    source  only beside the pipeline that it was made from can it be seen
+    """
 
     name: str
     fault: str
     base: str
     edit: Edit
     near_miss: bool = False
+    source: bool = False
 
 
 def _pipeline(pipeline: str, form: str, scheme: str, *folders: str, **settings: Any) -> Base:
@@ -170,15 +173,9 @@ def gone(*names: str) -> Edit:
     return apply
 
 
-def split(modules: tuple[str, ...], factor: float) -> Edit:
-    """Encoded again under another scale, so that shards of a fused linear differ."""
-    return edit.requantized(factor, *modules)
-
-
 # --- the table ---
 
 Faults = Mapping[str, Mapping[str, Mapping[str, Edit]]]
-Q = "transformer_blocks.0.attn.to_q"
 MODELOPT = {"qwen": "transformer_blocks.0.attn.to_q", "z": "layers.0.attention.to_q", "flux": "transformer_blocks.0.attn.to_q",
             "omnigen": "layers.0.attn.to_q", "wan": "blocks.0.attn1.to_q", "glm": "transformer_blocks.0.attn1.to_q"}  # fmt: skip
 NATIVE = {f"{name}-native": module for name, module in MODELOPT.items()}
@@ -189,9 +186,7 @@ def _per_base(modules: Mapping[str, str], what: str, edit_of: Callable[[str], Ed
     return {base: {what: within(edit_of(module))} for base, module in modules.items()}
 
 
-def _wrong_names(base: str, **renames: str) -> Edit:
-    """Scales, or whole linears, under the source's names, which the adapter can't map."""
-    return within(*(edit.rename(old.replace("__", "."), new) for old, new in renames.items()))
+FOREIGN = edit.put({"foreign.weight": torch.zeros(4, 4, dtype=torch.bfloat16)})
 
 
 def _unjoined(stored: dict[str, torch.Tensor]) -> None:
@@ -269,7 +264,9 @@ FAULTS: Faults = {
         "z-native": {"modules_to_not_convert": within(config(lambda c: c["quantization_config"].update(
             modules_to_not_convert=c["quantization_config"].pop("ignored_layers"))))},
     },
-    "list that is none": {"qwen": {"a text": within(setting(ignore="img_in"))}, "qwen-int8": {"null": within(setting(ignored_layers="img_in"))}},
+    "list that is none": {
+        "qwen": {"a text": within(setting(ignore="img_in"))}, "qwen-int8": {"a number": within(setting(ignored_layers=5))},
+    },
     "quant_algo of another format": {
         "qwen-channel": {"FP8_PB_WO": within(setting(quant_algo="FP8_PB_WO")), "FP8": within(setting(quant_algo="FP8")),
                          "absent": within(setting(quant_algo=None))},
@@ -280,7 +277,9 @@ FAULTS: Faults = {
                  "absent": within(setting(quant_method=None, producer=None))},
         "qwen-native": {"modelopt": within(setting(quant_method="modelopt")), "fp9": within(setting(quant_method="fp9"))},
     },
-    "key that the class has not": {"qwen-native": {"fmt": within(setting(fmt="e4m3"))}, "qwen-int8": {"bits": within(setting(bits=8))}},
+    "key that the class has not": {
+        "qwen-native": {"fmt": within(setting(fmt="e4m3"))}, "qwen-int8": {"bits": within(setting(bits=8))},
+    },
     "value that the class refuses": {
         "qwen-native": {"activation_scheme": within(setting(activation_scheme="token")),
                         "blocks": within(setting(activation_scheme="static", weight_block_size=[128, 128]))},
@@ -296,20 +295,42 @@ FAULTS: Faults = {
     "codes in a layer that is never quantized": {
         "qwen-native": {"img_in": within(codes("img_in"))},
         "z-native": {"modulation": within(codes("layers.0.adaLN_modulation.0"))},
-        "qwen": {"with its scale": within(codes("img_in")), "without scale": within(codes("img_in", scale=False)), "INT8": within(codes("img_in", dtype=torch.int8))},
+        "qwen": {"with its scale": within(codes("img_in")), "without scale": within(codes("img_in", scale=False)),
+                 "INT8": within(codes("img_in", dtype=torch.int8))},
         "wan-native": {"text embedder": within(codes("condition_embedder.text_embedder.linear_1"), folder="transformer_2")},
     },
     "tensor that is no part of the model": {
-        name: {"a weight": within(edit.put({"foreign.weight": torch.zeros(4, 4, dtype=torch.bfloat16)}))} for name in ("z", "omnigen")
+        name: {"a weight": within(FOREIGN)} for name in ("z", "omnigen")
     },
-    "block missing": {"qwen": {"the last": within(edit.drop("transformer_blocks.1.*"))}, "z": {"a refiner's": within(edit.drop("noise_refiner.0.*"))}},
+    "block missing": {
+        "qwen": {"the last": within(edit.drop("transformer_blocks.1.*"))},
+        "z": {"a refiner's": within(edit.drop("noise_refiner.0.*"))},
+    },
     "more blocks than config.json has": {
         "z": {"config": within(config(lambda c: c.update(n_layers=1)))},
         "omnigen": {"config": within(config(lambda c: c.update(num_layers=1)))},
         "qwen": {"which it drops": within(config(lambda c: c.update(num_layers=1)))},
     },
-    "bias missing": {"qwen": {"of a linear": within(edit.drop(f"{OUT['qwen']}.bias"))}, "glm": {"of a shard": within(edit.drop("transformer_blocks.0.attn1.to_k.bias"))}},
-    "norm missing": {"qwen": {"norm_q": within(edit.drop("transformer_blocks.0.attn.norm_q.weight"))}, "flux": {"norm_k": within(edit.drop("single_transformer_blocks.1.attn.norm_k.weight"))}},
+    "bias missing": {
+        "qwen": {"of a linear": within(edit.drop(f"{OUT['qwen']}.bias"))},
+        "glm": {"of a shard": within(edit.drop("transformer_blocks.0.attn1.to_k.bias"))},
+    },
+    "norm missing": {
+        "qwen": {"norm_q": within(edit.drop("transformer_blocks.0.attn.norm_q.weight"))},
+        "flux": {"norm_k": within(edit.drop("single_transformer_blocks.1.attn.norm_k.weight"))},
+    },
+    "shards of different scales": {
+        "qwen-native": {"q and k": within(edit.requantized(1.5, "transformer_blocks.0.attn.to_q"))},
+        "z-native": {"w1 and w3": within(edit.requantized(2.0, "layers.0.feed_forward.w1"))},
+    },
+    "weight_scale of another size": {
+        "qwen-native": {what: within(edit.alter(change, f"{OUT['qwen']}.weight_scale")) for what, change in (
+            ("zero", edit.times(0)), ("negative", edit.times(-1)), ("NaN", edit.times(float("nan"))), ("an amax", edit.times(1e4)),
+        )},
+    },
+    "weight_scale three times as large": {
+        "qwen-native": {"of one linear": within(edit.alter(edit.times(3), f"{OUT['qwen']}.weight_scale"))},
+    },
     "shape": {
         "qwen": {"fewer rows": within(edit.alter(lambda t: t[:-16].clone(), f"{OUT['qwen']}.weight")),
                  "transposed": within(edit.alter(lambda t: t.t().contiguous(), "transformer_blocks.0.img_mlp.net.2.weight"))},
@@ -330,12 +351,14 @@ FAULTS: Faults = {
 }  # fmt: skip
 
 NEAR: Faults = {
-    "weight_scale missing": {"qwen": {"one value in a list": within(edit.alter(lambda t: t.reshape(1), f"{OUT['qwen']}.weight_scale"))}},
+    "weight_scale missing": {"qwen": {"in a list": within(edit.alter(lambda t: t.reshape(1), f"{OUT['qwen']}.weight_scale"))}},
     "scales under names that the adapter drops": {
         "wan": {"in transformer_2, the server's names": within(edit.rename(".ffn.net.0.", ".ffn.net_0."), folder="transformer_2")},
         "wan-native": {"under the server's names": within(edit.rename(".ffn.net.0.", ".ffn.net_0."))},
     },
-    "list reaches what is stored as codes": {"z": {"without codes": within(kept("layers.0.*"), listed("ignore", plus("layers.0.*")))}},
+    "list reaches what is stored as codes": {
+        "z": {"without codes": within(kept("layers.0.*"), listed("ignore", plus("layers.0.*")))},
+    },
     "list of another kind of name": {
         "qwen-channel": {"the server's name": within(kept("transformer_blocks.0.attn.add_[qkv]_proj"),
                                                      listed("ignore", plus("transformer_blocks.0.attn.add_kv_proj"))),
@@ -349,12 +372,15 @@ NEAR: Faults = {
                                "qwen-native": {"in capitals": within(setting(quant_method="FP8"))}},
     "list under another key": {"qwen": {"nested": within(config(lambda c: c.update(quantization_config={
         "producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["img_in"]}})))}},
-    
+
     "tensor that is no part of the model": {
-        name: {"which drops it": within(edit.put({"foreign.weight": torch.zeros(4, 4, dtype=torch.bfloat16)}))} for name in ("qwen", "flux", "wan", "glm")
+        name: {"which drops it": within(FOREIGN)} for name in ("qwen", "flux", "wan", "glm")
     },
-    "scale under another name": {"qwen": {"a further one": within(edit.copy(f"{OUT['qwen']}.weight_scale", f"{OUT['qwen']}.weight_scale_2"))}},
-    "no section": {"qwen": {"hf_quant_config.json beside it": lambda folder: (folder / "hf_quant_config.json").write_text("{}")}},  # type: ignore[dict-item]
+    "scale under another name": {
+        "qwen": {"a further one": within(edit.copy(f"{OUT['qwen']}.weight_scale", f"{OUT['qwen']}.weight_scale_2"))},
+    },
+    "no section": {"qwen": {"hf_quant_config.json beside it": edit_files.text("hf_quant_config.json", "{}")}},
+    "weight_scale three times as large": {"qwen-native": {"and codes as small": within(edit.requantized(2.0, OUT["qwen"]))}},
 }  # fmt: skip
 
 
@@ -365,7 +391,4 @@ def mutants() -> Iterator[Mutant]:
             for base, edits in bases.items():
                 for what, one in edits.items():
                     name = f"{base}/{fault}/{'near/' if near else ''}{what}"
-                    yield Mutant(name, fault, base, one, near)
-
-
-_ = partial
+                    yield Mutant(name, fault, base, one, near, source=fault == "weight_scale three times as large")

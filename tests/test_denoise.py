@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,12 @@ from pipelines import pipelines
 from safetensors.torch import load_file, save_file
 
 from ckptq import denoise
+from ckptq.calibration import Sample
 from ckptq.checkpoint import Component, Inventory, Reader, SourceTensor, read_inventory
 from ckptq.console import Console
 from ckptq.denoise import DenoiserPart, measure
 from ckptq.denoise_cost import BUFFERS, IMPORTS, Reads, reads, refuse_unrunnable, room
+from ckptq.denoise_pipeline import arguments
 from ckptq.denoise_run import Call, Later
 from ckptq.errors import CalibrationError, CkptqError, DataError, RecipeError, UnsupportedError
 from ckptq.plan import Observer
@@ -175,7 +179,7 @@ def test_prompts_pass_in_waves_where_memory_is_short(make: Make, stack: ExitStac
     inventory = read_inventory(folder)
     parts = list(parts_of(inventory, stack).values())
     plenty = measure(folder, parts, settings, CPU, Console(quiet=True))
-    least = reads(inventory, settings).peak + 1
+    least = replace(reads(inventory, settings), ahead=0).peak + 1
     assert measure(folder, parts, settings, CPU, Console(), memory=least) == plenty
     assert "in up to 6 waves" in capsys.readouterr().err  # three prompts, two branches of each
     with pytest.raises(RecipeError, match="too little"):
@@ -213,6 +217,27 @@ def _held() -> int:
         if isinstance(t, torch.Tensor) and not t.is_meta and (s := t.untyped_storage())
     }
     return sum(storages.values())
+
+
+def test_each_prompt_has_noise_and_guidance_of_its_own() -> None:
+    """Guidance goes where a pipeline of two branches takes it, or one that is distilled."""
+
+    class Pipeline:
+        def __init__(self, *, distilled: bool) -> None:
+            self.transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=distilled))
+
+        def __call__(
+            self, prompt: str, negative_prompt: str, generator: Any, true_cfg_scale: float = 1.0, guidance_scale: float = 1.0
+        ) -> None: ...
+
+    samples = [Sample("a", "one"), Sample("b", "two", negative="dull")]
+    settings = PromptCalibration(source="prompts", guidance=3, seed=7)
+    first, second = (arguments(Pipeline(distilled=False), settings, s, n) for n, s in enumerate(samples))
+    assert [given["generator"].initial_seed() for given in (first, second)] == [7, 8]
+    assert [given["negative_prompt"] for given in (first, second)] == [" ", "dull"]
+    assert (first["true_cfg_scale"], "guidance_scale" in first) == (3, False)
+    distilled = arguments(Pipeline(distilled=True), settings, samples[0], 0)
+    assert (distilled["guidance_scale"], "true_cfg_scale" in distilled) == (3, False)
 
 
 # What can't be run

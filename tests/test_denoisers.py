@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from folded import folded
 from pipelines import pipelines
+from safetensors.torch import load_file, save_file
 from server import omni
 
 from ckptq import __version__
@@ -35,6 +36,7 @@ from ckptq.reuse import Reused
 from ckptq.scopes import Fused
 from ckptq.scopes.denoisers import Denoiser, all_denoisers, find_denoiser
 from ckptq.sections import Treatment
+from ckptq.validate import examine
 
 PIPELINES = pipelines()
 
@@ -177,6 +179,7 @@ def test_blocks_are_counted_as_they_are_stored(name: str, folder: str, source: M
         assert numbers == {str(i) for i in range(stack.count(component.config))}
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(("name", "folder"), PARTS)
 def test_the_server_builds_what_the_scope_says(name: str, folder: str, source: Made, served: Served) -> None:
     denoiser, component, _ = found(source(name), folder)
@@ -197,6 +200,7 @@ def test_the_server_builds_what_the_scope_says(name: str, folder: str, source: M
         assert module == modules.get(start, "") + middle + denoiser.modules.get(end, "")
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_server_builds_text_encoders_so_as_the_scope_says(name: str, source: Made, served: Served) -> None:
     denoiser, _, inventory = found(source(name), PIPELINES[name].denoisers[0])
@@ -242,6 +246,7 @@ def reaches(entries: Iterable[str], name: str) -> bool:
     return any(entry in name or fnmatch(name, entry) for entry in entries)
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("name", RECIPES)
 def test_all_scales_arrive(name: str, served: Served) -> None:
     job, loaded = served.jobs[name]
@@ -256,6 +261,23 @@ def test_all_scales_arrive(name: str, served: Served) -> None:
         assert there == planned(part)
     others = [c for folder, c in loaded.components.items() if folder not in {part.folder for part in job.parts}]
     assert [linear.prefix for component in others for linear in component.quantized.values()] == []
+
+
+@pytest.mark.server
+def test_a_wrong_coarse_scale_is_found(served: Served, source: Made, tmp_path: Path) -> None:
+    """MXFP4 under two scales: the source tells that one of the coarse ones is wrong."""
+    job, _ = served.jobs["wan22-mxfp4"]
+    assert job.recipe.output is not None
+    folder = Path(shutil.copytree(job.recipe.output, tmp_path / "wrong"))
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["blocks.5.ffn.net.2.weight_dual_scale"] *= 2
+    save_file(tensors, file)
+    (folder / "ckptq.json").unlink()  # it has the file's digest
+    findings = examine(folder, source=source("wan22", **SIZES["wan22-mxfp4"])).findings
+    assert [(f.code, f.subject) for f in findings if f.severity == "error"] == [
+        ("passthrough.weight-error", "transformer/blocks.5.ffn.net.2.weight")
+    ]
 
 
 def planned(part: Part) -> set[str]:

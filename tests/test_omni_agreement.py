@@ -30,11 +30,11 @@ def goods(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {name: make_base(name, work / "sources", work / name) for name in BASES}
 
 
-def said(folder: Path) -> tuple[str, list[str]]:
+def said(folder: Path, source: Path | None = None) -> tuple[str, list[str]]:
     """(worst severity, findings), without the record, which would see any change."""
     (folder / "ckptq.json").unlink(missing_ok=True)
     try:
-        found = examine(folder).findings
+        found = examine(folder, source=source).findings
     except CkptqError as problem:
         return "refused", [f"{type(problem).__name__}: {problem}"]
     worst = "error" if any(f.severity == "error" for f in found) else "warning" if found else "nothing"
@@ -45,7 +45,9 @@ def agrees(label: str, worst: str, findings: list[str]) -> bool:
     """Errors for what is refused or wrong, at least a warning for what is worse, no error for the rest."""
     if worst == "refused":
         return label == "refused" and findings[0].startswith(REFUSALS)
-    return worst in {"refused": ("error",), "wrong": ("error",), "degraded": ("error", "warning")}.get(label, ("warning", "nothing"))
+    return worst in {"refused": ("error",), "wrong": ("error",), "degraded": ("error", "warning")}.get(
+        label, ("warning", "nothing")
+    )
 
 
 def test_the_validator_agrees_with_vllm_omni(goods: Mapping[str, Path], tmp_path: Path) -> None:
@@ -55,7 +57,8 @@ def test_the_validator_agrees_with_vllm_omni(goods: Mapping[str, Path], tmp_path
         folder = tmp_path / "mutant"
         shutil.copytree(goods[mutant.base], folder, copy_function=os.link)
         mutant.edit(folder)
-        worst, findings = said(folder)
+        source = goods[mutant.base].parent / "sources" / BASES[mutant.base].pipeline
+        worst, findings = said(folder, source if mutant.source else None)
         if not agrees(LABELS[mutant.name]["label"], worst, findings):
             bad.append(f"{mutant.name}: vLLM-Omni {LABELS[mutant.name]}; validator says {worst}: {findings[:4]}")
         shutil.rmtree(folder)

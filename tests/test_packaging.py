@@ -39,7 +39,8 @@ def test_what_is_in_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     expected = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "ckptq").rglob("*.py")}
-    expected |= {f"ckptq/recipes/{name}.yaml" for name in shipped()} | {"ckptq/calibration/builtin.txt", "ckptq/py.typed"}
+    expected |= {f"ckptq/recipes/{name}.yaml" for name in shipped()} | {"ckptq/py.typed"}
+    expected |= {f"ckptq/calibration/{name}.txt" for name in ("builtin", "prompts")}
     assert {n for n in names if ".dist-info/" not in n} == expected
 
 

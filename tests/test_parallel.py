@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import VOCAB, write
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Phi3Config
 
 from ckptq.checkpoint import read_inventory
+from ckptq.convert import prepare
 from ckptq.errors import UnsupportedError
+from ckptq.recipe import load_recipe
 from ckptq.scopes.mixtral import SCOPE as MIXTRAL
 from ckptq.scopes.phi3 import SCOPE as PHI3
 from ckptq.scopes.qwen2_5_vl import SCOPE
@@ -487,3 +491,15 @@ def test_the_rules_answer_as_the_real_vllm_does(tmp_path: Path) -> None:
         findings = [f for (linear, _), at in zip(expert(0), shapes, strict=True) for f in found({}, case["tp"], linear, at, NATIVE)]
         mine = "fits" if not findings else "refined" if {f.severity for f in findings} == {"warning"} else "fails"
         assert mine == theirs, case
+
+
+@pytest.mark.parametrize(("kv", "said"), [(2, ["layout.block-rows"]), (4, [])])
+@pytest.mark.parametrize("format", ["modelopt", "compressed-tensors", "fp8"])
+def test_a_block_in_two_shards_needs_no_ranks_to_be_refused(kv: int, said: list[str], format: str, tmp_path: Path) -> None:
+    """Phi-3's q, k and v stored as one, with keys of 64 rows or 128. vLLM 0.32 loads none of the first and all of the second."""
+    (source := tmp_path / "phi3").mkdir()
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    write(source, "Phi3ForCausalLM", Phi3Config(**sizes, num_key_value_heads=kv, pad_token_id=0, vocab_size=VOCAB))
+    rules = 'quantize=[{"modules": "model.layers.*", "scheme": "fp8-block"}]'
+    settings = [f"model={source}", f"output={tmp_path / 'out'}", f"export.format={format}", rules]
+    assert [f.code for f in prepare(load_recipe("phi3-fp8-dynamic", settings)).findings] == said

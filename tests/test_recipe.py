@@ -16,7 +16,10 @@ from ckptq.schemes import SCHEMES
 from ckptq.scopes import Experts, Fused, Scope, Tower
 from ckptq.sections import CocoCalibration, Section, TextCalibration, parse_size
 
-SCHEMES_LISTED = "'fp8', 'fp8-tensor', 'fp8-dynamic', 'fp8-block', 'int8', 'nvfp4', 'nvfp4a16', 'mxfp8', 'mxfp4' or 'mxfp4-dualscale'"
+FORMATS_LISTED = "'modelopt', 'compressed-tensors', 'fp8', 'int8', 'mxfp8' or 'mxfp4-dualscale'"
+SCHEMES_LISTED = (
+    "'fp8', 'fp8-tensor', 'fp8-dynamic', 'fp8-block', 'int8', 'nvfp4', 'nvfp4a16', 'mxfp8', 'mxfp4' or 'mxfp4-dualscale'"
+)
 GOOD = """\
 model: some/where
 quantize:
@@ -113,7 +116,7 @@ export:
         "calibration.seed (line 11): expected a valid integer, found 1.5",
         "calibration.annotations (line 7): is required",
         "calibration.sampels (line 10): unknown key; did you mean samples?",
-        "export.format (line 13): expected 'modelopt', 'compressed-tensors' or 'fp8', found 'model-opt'",
+        f"export.format (line 13): expected {FORMATS_LISTED}, found 'model-opt'",
         "export.shard_size (line 14): expected a size such as 5GB or 512MiB, found '5XB'",
         "descripton (line 1): unknown key; did you mean description?",
     ]
@@ -122,11 +125,17 @@ export:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("{source: nothing-such}", "calibration.source (line 6): expected coco, text, media, builtin or prompts, found 'nothing-such'"),
+        (
+            "{source: nothing-such}",
+            "calibration.source (line 6): expected coco, text, media, builtin or prompts, found 'nothing-such'",
+        ),
         ("{samples: 3}", "calibration.source (line 6): is required; expected coco, text, media, builtin or prompts"),
         ("{source: 3}", "calibration.source (line 6): expected coco, text, media, builtin or prompts, found '3'"),
         ("builtin", "calibration (line 6): expected a section with keys of its own, found 'builtin'"),
-        ("{source: builtin, files: a}", "calibration.files (line 6): unknown key here; it belongs to source text, media or prompts"),
+        (
+            "{source: builtin, files: a}",
+            "calibration.files (line 6): unknown key here; it belongs to source text, media or prompts",
+        ),
         ("{source: text, files: []}", "calibration.files (line 6): expected at least 1 item, found []"),
         ("{source: builtin, samples: 0}", "calibration.samples (line 6): expected at least 1, found 0"),
         ("{source: builtin, save_every: 601}", "calibration.save_every (line 6): expected at most 600, found 601"),
@@ -269,7 +278,7 @@ def test_mistakes_of_overrides_and_file_together() -> None:
     assert mistakes(GOOD.replace("fp8", "fp9"), "export.format=x", "nonsense") == [
         "--set nonsense: expected KEY=VALUE, for example --set calibration.samples=64",
         f"quantize.0.scheme (line 4): expected {SCHEMES_LISTED}, found 'fp9'",
-        "export.format (--set export.format=x): expected 'modelopt', 'compressed-tensors' or 'fp8', found 'x'",
+        f"export.format (--set export.format=x): expected {FORMATS_LISTED}, found 'x'",
     ]
 
 

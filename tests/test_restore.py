@@ -13,6 +13,7 @@ import pytest
 import torch
 from make_fp8 import FORMS, make_fp8, read
 from pipelines import pipelines
+from safetensors.torch import save_file
 from test_storage import made, store
 
 from ckptq import prepare as preparing
@@ -208,6 +209,17 @@ def test_our_language_model_comes_back(example_model: Path, tmp_path: Path) -> N
     }
 
 
+def test_experts_that_were_together_are_told_of(tmp_path: Path) -> None:
+    weight = {"model.language_model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    weight |= {"model.language_model.layers.0.mlp.experts.0.up_proj.weight_scale": torch.ones(4, 1)}
+    for name, count in (("Qwen3VLMoeForConditionalGeneration", 1), ("Qwen3MoeForCausalLM", 0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"architectures": [name], "quantization_config": {"quant_method": "fp8"}}))
+        save_file(weight, folder / "model.safetensors")
+        assert len(prepare(str(folder)).notes) == count
+
+
 # A run of it
 
 
@@ -262,16 +274,12 @@ def test_what_is_not_fp8_is_refused(made: Callable[[str], Path], example_model: 
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     broken = shutil.copytree(tmp_path / "fp8", tmp_path / "other")
     tensors = read(broken)
-    from safetensors.torch import save_file
-
     save_file({n.replace("q_proj.weight_scale", "q_proj.qzeros"): t for n, t in tensors.items()}, broken / "model.safetensors")
     with pytest.raises(UnsupportedError, match="only FP8"):
         prepare(str(broken))
 
 
 def test_a_code_that_is_no_number_leaves_no_output(made: Callable[[str], Path], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     store(read_inventory(made("clip")), tmp_path / "fp8", "fp8-storage")
     tensors = read(tmp_path / "fp8")
     tensors["text_projection.weight"].view(torch.uint8)[1, 1] = 0x7F

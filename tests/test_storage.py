@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptq import quantized
 from ckptq.checkpoint import Component, Inventory, Reader, read_inventory
+from ckptq.classes import kinds
 from ckptq.errors import DataError, RecipeError, SourceError, UnsupportedError
 from ckptq.loading import load_component
 from ckptq.pipeline import write_shards
@@ -162,6 +165,35 @@ def test_a_weight_of_another_shape_is_refused(made: Callable[[str], Path], tmp_p
     config = json.loads((made("clip") / "config.json").read_text())
     with pytest.raises(SourceError, match=r"text_projection.weight: shape \[8, 32\], config.json calls for \[16, 32\]"):
         plan_storage(component(tmp_path / "one", config, tensors), "fp8-storage", 10**9)
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from ckptq.checkpoint import read_inventory
+from ckptq.classes import kinds
+from ckptq.errors import CkptqError
+for folder in sys.argv[1:]:
+    try:
+        print(json.dumps(kinds(read_inventory(Path(folder)).main)))
+    except CkptqError as error:
+        print(json.dumps([type(error).__name__, str(error), error.hint]))
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_process_of_its_own_says_the_same(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """Where the libraries are not loaded yet; the conversion itself then takes no memory for them."""
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown/config.json").write_text('{"_class_name": "MyOwnVAE"}')
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "unknown/model.safetensors")
+    folders = [made("t5"), tmp_path / "unknown"]
+    done = subprocess.run([sys.executable, "-c", CHILD, *folders], capture_output=True, text=True, check=True)
+    t5, unknown = map(json.loads, done.stdout.splitlines())
+    assert t5 == kinds(read_inventory(folders[0]).main)
+    with pytest.raises(UnsupportedError) as caught:
+        kinds(read_inventory(folders[1]).main)
+    assert unknown == ["UnsupportedError", str(caught.value), caught.value.hint]
 
 
 # What they become

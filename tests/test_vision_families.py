@@ -15,7 +15,7 @@ import torch
 from families import IMAGE_SAMPLES, ROOT, families
 from greenlet import greenlet
 
-from ckptq import calibrate as engine
+from ckptq import lockstep as engine
 from ckptq.calibrate import calibrate
 from ckptq.calibration import Sample, load_samples
 from ckptq.calibration.encode import Encoder

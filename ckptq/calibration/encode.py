@@ -89,6 +89,16 @@ class Encoder:
         cut = {name for name, t in inputs.items() if t.shape == tokens and name not in _OF_AUDIO}
         return {name: t[:, : self._sequence_length] if name in cut else t for name, t in inputs.items()}
 
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text alone, without special ones."""
+        found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def text(self, ids: list[int]) -> str:
+        """What ids stand for."""
+        found: str = self._tokenizer.decode(ids)
+        return found
+
     def _encode_media(self, sample: Sample) -> dict[str, torch.Tensor]:
         processor = self._processor
         for token in _reserved(processor):

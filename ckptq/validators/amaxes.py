@@ -40,7 +40,8 @@ class Meaning:
 def meaning_of(scale: SourceTensor, tensors: Mapping[str, SourceTensor]) -> Meaning | None:
     """What a scale's value means, by its name, its dtype and what lies beside it; None where nothing tells.
 
-    NVFP4's scales of groups have none of their own: they count only under the scale of the tensor.
+    NVFP4's scales of groups have none of their own: they count only under the scale of the tensor, and those of MXFP4 under two
+    scales only under the coarse ones.
     """
     name, kind = scale.spec.name, scale_kind(scale.spec.name)
     module, _, leaf = name.rpartition(".")
@@ -60,4 +61,5 @@ def meaning_of(scale: SourceTensor, tensors: Mapping[str, SourceTensor]) -> Mean
 def _is_of_groups(scale: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
     beside = scale.spec.name.removesuffix("weight_scale")
     whole = {f"{beside}weight_scale_2", f"{beside}weight_global_scale"} & tensors.keys()
-    return scale.spec.dtype == "F8_E4M3" or (bool(whole) and scale.spec.dtype not in EXPONENTS and scale.spec.numel > 1)
+    dual = f"{beside}weight_dual_scale" in tensors
+    return dual or scale.spec.dtype == "F8_E4M3" or (bool(whole) and scale.spec.dtype not in EXPONENTS and scale.spec.numel > 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint import SourceTensor
-from ckptq.validators.scales import Grid, find_grid, group_of, scale_of, whole_of
+from ckptq.validators.scales import DUAL_COLUMNS, Grid, coarse_of, find_grid, group_of, scale_of, whole_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,8 +45,15 @@ class Number:
 FP8 = Number("FP8", "F8_E4M3", 1, 448.0, 448.0, 256.0)
 INT8 = Number("INT8", "I8", 1, 127.0, 127.0, 64.0)
 FP4 = Number("FP4", "U8", 2, 6.0, 6.0, 4.0)
+E2M1 = Number("E2M1", "F8_E4M3", 1, 6.0, 6.0, 4.0)
+"""FP4's values, stored as numbers: vLLM-Omni's MXFP4 under two scales."""
 NVFP4_COLUMNS, MX_COLUMNS = 16, 32
-_GROUPS: Mapping[str, tuple[int | None, ...]] = {"FP8": (None, MX_COLUMNS), "INT8": (None,), "FP4": (NVFP4_COLUMNS, MX_COLUMNS)}
+_GROUPS: Mapping[str, tuple[int | None, ...]] = {
+    "FP8": (None, MX_COLUMNS),
+    "INT8": (None,),
+    "FP4": (NVFP4_COLUMNS, MX_COLUMNS),
+    "E2M1": (MX_COLUMNS,),
+}
 _BY_DTYPE = {number.dtype: number for number in (FP8, INT8, FP4)}
 
 
@@ -62,6 +69,7 @@ class Coding:
 
     local  the scale that lies beside the codes: of the tensor, of channels, blocks or groups
     whole  the scale of those, of which a tensor has one; None where there is none
+    coarse the scale of those, one for 512 columns; None where there is none
     grid   how `local` lies over the weight [n, k]; k counts codes, not bytes
     group  columns under one scale of a byte, or None
     """
@@ -73,6 +81,7 @@ class Coding:
     inverse: bool
     grid: Grid
     group: int | None
+    coarse: SourceTensor | None = None
 
 
 def find_coding(tensor: SourceTensor, tensors: Mapping[str, SourceTensor], block: tuple[int, int]) -> Coding | None:
@@ -80,6 +89,11 @@ def find_coding(tensor: SourceTensor, tensors: Mapping[str, SourceTensor], block
     number, local = number_of(tensor), scale_of(tensor.spec.name, tensors)
     if number is None or local is None:
         return None
+    coarse = coarse_of(tensor.spec.name, tensors) if number is FP8 else None
+    if coarse is not None:
+        number = E2M1
+        if coarse.spec.shape != (*tensor.spec.shape[:-1], -(-tensor.spec.shape[-1] // DUAL_COLUMNS), 1):
+            return None
     group, (whole, inverse) = group_of(local.spec.dtype), whole_of(tensor.spec.name, tensors)
     if number is not FP4 or group == MX_COLUMNS:
         whole = None
@@ -88,7 +102,7 @@ def find_coding(tensor: SourceTensor, tensors: Mapping[str, SourceTensor], block
     grid = find_grid(number.shape(tensor.spec.shape), local.spec.shape, block, group)
     if grid is None or group not in _GROUPS[number.name] or (group == NVFP4_COLUMNS and whole is None):
         return None
-    return Coding(tensor, number, local, whole, inverse, grid, group)
+    return Coding(tensor, number, local, whole, inverse, grid, group, coarse)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ PACKED_SATURATED_SHARE = 0.3
 """Of 16 weights under amax / 6 one gets the code 6, and every sixth if they are spread evenly; under half of that scale, half."""
 PACKED_SMALL_SHARE = 0.5
 """Codes from 4 on, for each group that is not all zero: its amax has one, even where an exponent was rounded up."""
-FULL: Mapping[str, int] = {"FP8": 0x76, "INT8": 64}
+FULL: Mapping[str, int] = {"FP8": 0x76, "INT8": 64, "E2M1": 0x44}
 """The code of half the largest value. Under amax / limit the largest is there; under the power of two above that, at least this."""
 
 

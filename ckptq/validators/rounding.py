@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint import DTYPE_BYTES, Reader, SourceTensor
 from ckptq.validators.coding import FP4, FP8, MX_COLUMNS, NVFP4_COLUMNS, Coding, Number, decode
-from ckptq.validators.scales import SCALE_DTYPES, Grid, read_part, read_scales
+from ckptq.validators.scales import SCALE_DTYPES, Grid, read_part, read_scales, spread_over
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,9 +108,11 @@ def load(coding: Coding, reader: Reader) -> Coded | None:
             return None
         whole = 1 / float(found[0]) if coding.inverse else float(found[0])
     group = coding.group
-    if group is not None and coding.local.spec.dtype in SCALE_DTYPES and coding.local.spec.numel > PIECE:
+    if coding.coarse is None and group is not None and coding.local.spec.dtype in SCALE_DTYPES and coding.local.spec.numel > PIECE:
         return Coded(coding.number, coding.grid, coding.local, group, whole)
     scales = read_scales(reader, coding.local)
+    if scales is not None and coding.coarse is not None:
+        scales = spread_over(scales, read_scales(reader, coding.coarse), coding.grid)
     return Coded(coding.number, coding.grid, scales, group, whole) if scales is not None and np.isfinite(scales).all() else None
 
 
@@ -252,7 +254,7 @@ def limits(x: F32, number: Number, out: F32) -> None:
     """
     import numpy as np
 
-    if number is FP4:
+    if number.top == FP4.top:
         np.bitwise_and(x.view(np.uint32), np.uint32(0x7F800000), out=out.view(np.uint32))
         np.maximum(out, np.float32(1), out=out)
         np.minimum(out, np.float32(4), out=out)

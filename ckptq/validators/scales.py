@@ -26,6 +26,8 @@ SCALE_DTYPES = (*DTYPES, "F8_E4M3", *EXPONENTS)
 BLOCK = (128, 128)
 GROUPS: Mapping[str, int] = MappingProxyType({"F8_E4M3": 16, "U8": 32, "F8_E8M0": 32})
 """Columns under one scale of a dtype: NVFP4's, and those of MXFP8 and MXFP4."""
+DUAL_COLUMNS = 512
+"""Columns under one scale over MXFP4's own, in vLLM-Omni's form of it."""
 READ_AT_ONCE = 1 << 24
 """Bytes of one scale tensor that are held at most; a channel scale of the largest vocabulary takes 1 MB."""
 
@@ -33,7 +35,7 @@ READ_AT_ONCE = 1 << 24
 # compressed_tensors_w4a4_nvfp4.py the scales of scales, `whole`; `other` are those of which nothing is known.
 _NAMES = re.compile(
     r"(?:.*[._])?(?:(?P<weight>weight_scale(?:_inv)?)|(?P<whole>weight_scale_2|weight_global_scale)"
-    r"|(?P<input>input_scale|activation_scale|input_global_scale)|(?P<other>(?:q|prob)_scale))"
+    r"|(?P<input>input_scale|activation_scale|input_global_scale)|(?P<other>(?:q|prob|dual|mul)_scale))"
     r"|(?:.*\.)?(?:(?P<k>k_scale|kv_scale|k_cache\.scale|k_proj\.output_scale)|(?P<v>v_scale|v_cache\.scale|v_proj\.output_scale))"
 )
 
@@ -58,6 +60,11 @@ def whole_of(weight: str, tensors: Mapping[str, SourceTensor]) -> tuple[SourceTe
     base = _base(weight)
     found = [tensors.get(f"{base}{name}") for name in ("weight_scale_2", "weight_global_scale")]
     return found[0] or found[1], found[0] is None and found[1] is not None
+
+
+def coarse_of(weight: str, tensors: Mapping[str, SourceTensor]) -> SourceTensor | None:
+    """The scales over a weight's scales, one for 512 columns: vLLM-Omni 0.30.0 mxfp4_config.py NPUMxfp4DualScaleLinearMethod."""
+    return tensors.get(f"{_base(weight)}weight_dual_scale")
 
 
 def weight_of(scale: str, tensors: Mapping[str, SourceTensor]) -> SourceTensor | None:
@@ -178,6 +185,16 @@ def read_scales(reader: Reader, tensor: SourceTensor) -> F32 | None:
     if tensor.spec.dtype not in SCALE_DTYPES or tensor.spec.nbytes > READ_AT_ONCE or not tensor.spec.numel:
         return None
     return read_part(reader, tensor, 0, tensor.spec.numel)
+
+
+def spread_over(fine: F32, coarse: F32 | None, grid: Grid) -> F32 | None:
+    """MXFP4's two scales as one for each of the fine ones, F32 [numel], or None where there are no coarse ones."""
+    import numpy as np
+
+    if coarse is None:
+        return None
+    rows, columns = grid.shape
+    return fine * np.repeat(coarse.reshape(rows, -1), DUAL_COLUMNS // grid.wide, axis=1)[:, :columns].reshape(-1)
 
 
 def read_in_parts(reader: Reader, tensor: SourceTensor) -> Iterator[tuple[int, F32]]:

@@ -226,7 +226,7 @@ def _zeros(reader: Reader, coding: Coding, down: int, across: int) -> bool:
         spans = [(top * grid.columns, bottom * grid.columns)]
     spans = [(at // packed, end // packed) for at, end in spans]
     buffer = memoryview(bytearray(min(1 << 20, max(end - at for at, end in spans))))
-    mask = {"FP8": 0x7F, "INT8": 0xFF, "FP4": 0x77}[coding.number.name]
+    mask = {"FP8": 0x7F, "INT8": 0xFF, "FP4": 0x77, "E2M1": 0x7F}[coding.number.name]
     for at, end in spans:
         for start in range(at, end, len(buffer)):
             piece = buffer[: min(len(buffer), end - start)]

@@ -25,7 +25,7 @@ def make(folder: Path, layers: int = 2, single_layers: int = 2) -> None:
     Flux2KleinPipeline(
         scheduler=parts.shifting_scheduler(),
         vae=parts.filled(vae, seed=2),
-        text_encoder=parts.qwen3(),
+        text_encoder=parts.qwen3(hidden=32, layers=30),
         tokenizer=parts.tokenizer(),
         transformer=parts.filled(transformer),
         is_distilled=True,

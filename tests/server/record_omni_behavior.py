@@ -2,8 +2,9 @@
 
     python tests/server/record_omni_behavior.py [--check] [PATTERN ...]
 
-Writes tests/data/behavior-vllm-omni-0.30.json: all mutants, or those whose names match a pattern. `--check` writes nothing, and exits
-with 1 where a label is another than the one written. The rules of labels are in `label`; none knows what the mutant was meant to be.
+Writes tests/data/behavior-vllm-omni-0.30.json: all mutants, or those whose names match a pattern. `--check` writes nothing, and
+exits with 1 where a label is another than the one written. The rules of labels are in `label`; none knows what a mutant was meant
+to be.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-from omni_mutants import BASES, Mutant, make_base, mutants  # noqa: E402 - found by the line above
+import torch  # noqa: E402 - found by the line above
+from omni_mutants import BASES, Mutant, make_base, mutants  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from server import omni  # noqa: E402
 
 from ckptq.checkpoint import read_header  # noqa: E402
@@ -33,13 +36,14 @@ SHOWN = 3
 Row = dict[str, Any]
 
 
-def label(found: omni.Loaded, good: omni.Loaded, stored: Mapping[str, str]) -> Row:
-    """What was seen, against the good export. `stored`: {component/tensor: dtype} of the mutant.
+def label(found: omni.Loaded, good: omni.Loaded, folder: Path, sound: Path) -> Row:
+    """What was seen of the mutant in `folder`, against the good export in `sound`.
 
     refused   vLLM-Omni raised, or a linear's post-processing did that does not with the good export
     wrong     a parameter was left as it was made; a weight that is not stored as codes became codes, or codes became values without
-              their scale; a scale has another value; a linear is not there
-    degraded  codes were decoded while they were loaded, so that memory is as without them
+              their scale; a scale has another value and its codes times it are not the good export's; a linear is not there
+    degraded  codes were decoded while they were loaded, so that memory is as without them; or shards of one linear have different
+              scales, so that it encodes them again
     harmless  none of that
     """
     if found.stage != "done":
@@ -47,18 +51,22 @@ def label(found: omni.Loaded, good: omni.Loaded, stored: Mapping[str, str]) -> R
     lines = [*_processed(found, good)]
     if lines:
         return {"label": "refused", "process": lines[:SHOWN]}
+    scaled = dict(_scales(found, good))
     evidence = {
         "unwritten": [f"{at}/{n}" for at, c in found.components.items() for n in c.unwritten if n not in _of(good, at).unwritten],
         "missing": sorted({*found.missing} - {*good.missing}),
-        "cast": [*_cast(found, stored)],
-        "scales": [*_scales(found, good)],
+        "cast": [*_cast(found, dtypes(folder))],
+        "scales": [name for name, sources in scaled.items() if not _equal(sources, folder, sound)],
         "gone": [f"{at}/{n}" for at, c in good.components.items() for n in c.linears if n not in _of(found, at).linears],
     }
     told = {what: names[:SHOWN] for what, names in evidence.items() if names}
     if told:
         return {"label": "wrong", **told}
     decoded = [f"{at}/{n}" for at, c in found.components.items() for n in c.dequantized if n not in _of(good, at).dequantized]
-    return {"label": "degraded", "dequantized": decoded[:SHOWN]} if decoded else {"label": "harmless"}
+    apart = [name for name, sources in scaled.items() if len(sources) > 1]
+    if decoded or apart:
+        return {"label": "degraded", "dequantized": decoded[:SHOWN], "encoded again": apart[:SHOWN]}
+    return {"label": "harmless"}
 
 
 def _of(loaded: omni.Loaded, folder: str) -> omni.Component:
@@ -81,19 +89,40 @@ def _cast(found: omni.Loaded, stored: Mapping[str, str]) -> Iterator[str]:
             for source in sources:
                 tensor = source.removeprefix(f"{at}/")
                 coded = stored.get(f"{at}/{tensor}", "BF16") in CODES
-                if coded != (name in quantized) and not name.endswith("scale") and (coded or name in quantized):
-                    if tensor not in component.dequantized:
-                        yield f"{at}/{tensor} as {'values' if coded else 'codes'}"
+                if not name.endswith("scale") and tensor not in component.dequantized and coded != (name in quantized):
+                    yield f"{at}/{tensor} as {'values' if coded else 'codes'}"
 
 
-def _scales(found: omni.Loaded, good: omni.Loaded) -> Iterator[str]:
+def _scales(found: omni.Loaded, good: omni.Loaded) -> Iterator[tuple[str, list[str]]]:
+    """(scale that differs, the weights that its linear is made of)."""
     for at, component in found.components.items():
         for name, linear in component.quantized.items():
             other = _of(good, at).linears.get(name)
             for leaf, values in linear.scales.items() if other is not None and other.quantized else ():
                 before = other.scales.get(leaf)
                 if values is not None and before is not None and list(values) != list(before):
-                    yield f"{at}/{name}.{leaf}"
+                    yield (
+                        f"{at}/{name}.{leaf}",
+                        [f"{at}/{n.removeprefix(f'{at}/')}" for n in component.parameters[f"{name}.weight"]],
+                    )
+
+
+def _equal(names: Iterable[str], folder: Path, sound: Path) -> bool:
+    """Whether these weights say the same in both, as far as FP8 rounds."""
+    one, two = _tensors(folder), _tensors(sound)
+    for name in names:
+        a, b = (t[name].float() * t[f"{name}_scale"].float() for t in (one, two))
+        if not torch.allclose(a, b, rtol=0.08, atol=float(b.abs().max()) * 2**-9):
+            return False
+    return True
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    """{component/tensor: tensor}."""
+    found = {}
+    for file in folder.rglob("*.safetensors"):
+        found |= {f"{file.parent.relative_to(folder).as_posix()}/{name}": tensor for name, tensor in load_file(file).items()}
+    return found
 
 
 def dtypes(folder: Path) -> dict[str, str]:
@@ -128,7 +157,7 @@ def _record(base: str, chosen: Iterable[Mutant], work: Path) -> dict[str, Row]:
             problem.add_note(f"in the mutant {mutant.name}")
             raise
         (loaded,) = omni.load([folder], **settings).values()
-        rows[mutant.name] = label(loaded, sound, dtypes(folder))
+        rows[mutant.name] = label(loaded, sound, folder, good)
         shutil.rmtree(folder)
     return rows
 

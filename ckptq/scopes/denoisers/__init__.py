@@ -143,5 +143,5 @@ def find_denoiser(config: Mapping[str, Any], pipeline: str | None) -> Denoiser |
     pipeline   None for a root checkpoint, which has no model_index.json
     """
     said = config.get("architectures") if pipeline is None else [config.get("_class_name")]
-    names = said if isinstance(said, list) else []
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     return next((d for d in all_denoisers() if set(names) & set(d.classes) and (pipeline is None or pipeline in d.pipelines)), None)

@@ -10,10 +10,28 @@ import dataclasses
 
 from ckptq.checkpoint import Inventory
 from ckptq.scopes.denoisers import Denoiser
-from ckptq.validators import Finding, Stored, warning
+from ckptq.validators import Code, Finding, Stored, error, warning
 from ckptq.validators.omni import others, pipeline, sections, tensors
 from ckptq.validators.omni.built import Built, build
-from ckptq.validators.omni.server import KINDS
+from ckptq.validators.omni.server import KINDS, OMNI
+
+CODES = {
+    "layout.omni-talker": Code(
+        "a talker's linear that the language model's configuration would build quantized, stored unquantized",
+        f"{OMNI} config/model.py OmniModelArchConfigConvertor.get_quantization_config",
+    )
+}
+
+
+def of_talker(finding: Finding) -> Finding:
+    """vLLM passes a talker over; vLLM-Omni builds it as a stage of its own, with the same configuration: the finding says so."""
+    if finding.code != "layout.draft-not-excluded" or not finding.subject.startswith("talker."):
+        return finding
+    return error(
+        "layout.omni-talker", finding.subject, finding.expected, finding.found,
+        "vLLM-Omni builds the talker with the same configuration and casts it to codes, silently: the speech is noise",
+        finding.mend,
+    )  # fmt: skip
 
 
 def check_component(folder: str, stored: Stored, denoiser: Denoiser, pipeline: str | None) -> list[Finding]:

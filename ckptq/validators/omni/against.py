@@ -30,7 +30,7 @@ def check(
 ) -> Iterator[Finding]:
     """All findings against the source. `advance` is told the bytes of the output's components.
 
-    copied  tensors, as `transformer/x`, that a job has copied; given, of everything else large a sample is compared
+    copied  tensors, as `transformer/x`, that a job has copied, and a digest says so; given, of all else large a sample is compared
     """
     if class_of(output) != class_of(source):
         yield error(
@@ -82,7 +82,8 @@ def _converted(
     sample = copied is not None
     findings = [*sidecars.check_config(ours.config, theirs.config)]
     called = _called(theirs, denoiser)
-    findings += passthrough.check_component(output, (origin, theirs), called, advance, sample=sample)
+    proved = [name.removeprefix(folder) for name in copied or () if name.startswith(folder)]
+    findings += passthrough.check_component(output, (origin, theirs), called, advance, sample=sample, proved=proved)
     for finding in findings:
         yield _inside(folder, finding)
     names = [f"{folder}{name}" for name in theirs.sidecars]

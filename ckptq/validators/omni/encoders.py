@@ -38,9 +38,10 @@ def check(
     stored = _stored(tensors)
     for name in encoder.names(config):
         form = treat(name)
-        if not isinstance(form, Format):
-            continue
         weights = [stored[n] for n in _sources(name.removeprefix(f"{encoder.layers}."), encoder) if n in stored]
+        if not isinstance(form, Format):
+            yield from (_coded(weight, encoder) for weight in weights if weight.dtype not in FLOATS)
+            continue
         if all(_quantized(weight, form, tensors) for weight in weights) and weights:
             continue
         exact = f"its {len(encoder.names(config))} linears by their exact names"
@@ -52,6 +53,13 @@ def check(
             "scale, silently: what the prompt says is lost",
             f"add {add} to {section.key} of the transformer's config.json",
         )  # fmt: skip
+
+
+def _coded(weight: TensorSpec, encoder: Encoder) -> Finding:
+    return error(
+        "layout.omni-encoder", f"{encoder.folder}/{weight.name}", "the source's dtype: the list keeps the text encoder unquantized",
+        weight.dtype, "vLLM-Omni takes the codes for values, silently", "serve the source's text encoder, or take it off the list",
+    )  # fmt: skip
 
 
 def _stored(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ckptq.checkpoint import TensorSpec
+from ckptq.scopes.denoisers import Stack
 from ckptq.validators import Code, Finding, error, warning
 from ckptq.validators.formats import Format
 from ckptq.validators.omni.built import Built, Linear
@@ -18,6 +19,7 @@ CODES = {
         "a tensor that the server reads is not stored", f"{OMNI} diffusion/model_loader/diffusers_loader.py _check_unloaded_weights"
     ),
     "layout.omni-unknown-tensor": Code("a tensor that the server has no place for", f"{OMNI} diffusion/models load_weights"),
+    "layout.omni-further-block": Code("a block beyond those that config.json counts", f"{OMNI} diffusion/models load_weights"),
     "layout.omni-shape": Code("a shape that config.json contradicts", "vLLM 0.32.0 model_executor/parameter.py"),
 }
 _CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
@@ -32,14 +34,19 @@ def check(at: Built) -> Iterator[Finding]:
         linears |= {f"{name}.{kind}" for name in names for kind in ("weight", "bias", *KINDS)}
         yield from _shapes(linear, at, known)
     read = {name for name in known if name not in linears}
+    every = read | linears
+    further: dict[tuple[Stack, str], None] = {}
     for name in sorted(read | (at.tensors.keys() - linears)):
         spec = at.tensors.get(name)
         if spec is None:
             yield _missing(known[name])
         elif name in read:
             yield from _read(spec, known[name], at)
-        elif not _scale_of(name, read | linears):
+        elif (place := _beyond(name, at)) is not None:
+            further[place] = None
+        elif not _scale_of(name, every):
             yield from _unknown(spec, at, listed=bool(known))
+    yield from (_further(stack, number, at) for stack, number in further)
 
 
 def _read(spec: TensorSpec, parameter: Parameter, at: Built) -> Iterator[Finding]:
@@ -58,14 +65,30 @@ def _scale_of(name: str, known: set[str]) -> bool:
 def _unknown(spec: TensorSpec, at: Built, *, listed: bool) -> Iterator[Finding]:
     """`listed`: whether it is known what the server reads."""
     if not listed:
-        if spec.dtype in _CODES:
-            yield from kept(spec, at)
+        yield from kept(spec, at) if spec.dtype in _CODES else ()
         return
     drops = not at.facts.refuses or (at.adapted and spec.name.endswith(KINDS))
     yield (warning if drops else error)(
         "layout.omni-unknown-tensor", spec.name, "the tensors that the server reads, and scales of its linears", "a further one",
         f"{OMNI} {'drops it' if drops else 'raises at such a key'}", "remove it, or give it the name that the server looks for",
     )  # fmt: skip
+
+
+def _further(stack: Stack, number: str, at: Built) -> Finding:
+    return error(
+        "layout.omni-further-block", f"{stack.prefix}.{number}", f"the blocks that {stack.depth} counts", "a further one",
+        f"{OMNI} {'raises at such a key' if at.facts.refuses else 'drops it, and computes without the block'}",
+        f"mend {stack.depth} in config.json, or remove the block",
+    )  # fmt: skip
+
+
+def _beyond(name: str, at: Built) -> tuple[Stack, str] | None:
+    """(stack, number) of a block whose number is too high."""
+    for stack in at.denoiser.stacks:
+        number = name.removeprefix(f"{stack.prefix}.").partition(".")[0]
+        if name.startswith(f"{stack.prefix}.") and number.isdecimal() and int(number) >= stack.count(at.config):
+            return stack, number
+    return None
 
 
 def _shapes(linear: Linear, at: Built, known: Mapping[str, Parameter]) -> Iterator[Finding]:

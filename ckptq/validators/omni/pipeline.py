@@ -56,9 +56,9 @@ def refuse_unknown(inventory: Inventory) -> None:
         kind = "GGUF" if last.endswith(".gguf") else "msModelSlim" if last.startswith("quant_model_description") else ""
         if kind:
             raise UnsupportedError(f"{printable(name)}: {kind}, which ckptq does not check")
-    if denoisers_of(inventory):
-        return
     known = sorted({name for d in all_denoisers() for name in (d.pipelines or d.classes)})
+    if denoisers_of(inventory) or class_of(inventory) in known:
+        return
     raise UnsupportedError(f"{_called(inventory)}: no denoiser is known for it; known: {', '.join(known)}")
 
 
@@ -93,10 +93,16 @@ def check(inventory: Inventory) -> Iterator[Finding]:
     yield from _two(inventory, found)
     built = {folder for folder, denoiser in found.items() for folder in _encoder(inventory, folder, denoiser)}
     for component in inventory.components:
-        if component.folder not in found and component.folder not in built:
+        if component.folder in found:
+            yield from _leak(inventory, component.folder, found[component.folder])
+        elif _for_storage(component):
+            yield error(
+                "layout.omni-storage", component.folder, "a component that the server's libraries read", "FP8 for storage",
+                "diffusers and transformers refuse it by its config.json; where vLLM-Omni builds it, codes are taken for values",
+                _RESTORE,
+            )  # fmt: skip
+        elif component.folder not in built:
             yield from _unquantized(component)
-    for folder, denoiser in found.items():
-        yield from _leak(inventory, folder, denoiser)
 
 
 def _absent(inventory: Inventory) -> Iterator[Finding]:
@@ -157,20 +163,21 @@ def _leak(inventory: Inventory, folder: str, denoiser: Denoiser) -> Iterator[Fin
         return
     read, _ = sections.read(section, f"{folder}/config.json: quantization_config")
     for component in inventory.components:
-        if read is not None and component.folder in _encoder(inventory, folder, denoiser):
+        reached = component.folder in _encoder(inventory, folder, denoiser) and not _for_storage(component)
+        if read is not None and reached:
             specs = {name: tensor.spec for name, tensor in component.tensors.items()}
             yield from encoders.check(read, denoiser, encoder, component.config, specs)
+
+
+def _for_storage(component: Component) -> bool:
+    """See ckptq/storage.py."""
+    section = sections.section_of(component.config)
+    return section is not None and "ckptq" in section and "quant_method" not in section
 
 
 def _unquantized(component: Component) -> Iterator[Finding]:
     """A component that transformers or diffusers load: codes are values to them."""
     section = sections.section_of(component.config)
-    if section is not None and "ckptq" in section and "quant_method" not in section:  # see ckptq/storage.py
-        yield error(
-            "layout.omni-storage", component.folder, "a component that the server's libraries read", "FP8 for storage",
-            f"{OMNI} raises: diffusers and transformers refuse the section that says so", _RESTORE,
-        )  # fmt: skip
-        return
     known = section is None or _method(section) in ("modelopt", "fp8", "")
     if not known and section is not None:
         yield warning(

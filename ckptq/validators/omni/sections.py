@@ -224,6 +224,9 @@ def _listed(
 ) -> tuple[Section | None, list[Finding]]:
     """A method that is built from the keys as they stand: any fault among them makes it raise."""
     entries = section.get("ignored_layers") or []
+    if isinstance(entries, str):
+        findings = [*findings, _text(entries, f"{file}.ignored_layers")]
+        entries = []
     findings = [*findings, *_list(entries, f"{file}.ignored_layers")]
     if any(f.severity == "error" for f in findings):
         return None, findings
@@ -251,6 +254,13 @@ def _serialized(section: Mapping[str, Any], file: str, key: str) -> Iterator[Fin
             "vLLM-Omni takes the codes for unquantized weights and quantizes them once more while it loads, silently",
             "write true",
         )  # fmt: skip
+
+
+def _text(entries: str, subject: str) -> Finding:
+    return warning(
+        "config.omni-list", subject, "a list of names", as_json(entries), "vLLM-Omni looks for each whole name inside this text",
+        "write the names as a JSON list",
+    )  # fmt: skip
 
 
 def _list(entries: Any, subject: str) -> Iterator[Finding]:

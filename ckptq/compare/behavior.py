@@ -1,0 +1,296 @@
+"""Two checkpoints of one architecture on the same samples, in lock-step: a layer of each is in memory, each sample passes both.
+
+The candidate computes as its server would (served.py), and so does the reference, where it is quantized. After each layer hidden
+states are compared, and within it what linears, attention and feed-forward give; at the end the distributions of the next token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptq.calibration import Sample
+from ckptq.calibration.encode import Encoder
+from ckptq.checkpoint import Component, Reader, read_inventory
+from ckptq.compare.decoded import Decoded, decoded
+from ckptq.compare.head import Distances, Head, compare_heads
+from ckptq.compare.served import serving
+from ckptq.compare.spans import judged
+from ckptq.console import Console
+from ckptq.errors import CalibrationError, RecipeError, UnsupportedError
+from ckptq.lockstep import Inputs, Wave
+from ckptq.quantized import describe
+from ckptq.scopes import Scope
+from ckptq.spelled import scope_to_validate
+from ckptq.streamed import StreamedModel
+from ckptq.unstack import unstack
+from ckptq.validators import Stored, configs, record
+from ckptq.validators.expected import Expected, expect
+from ckptq.validators.servers import DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far the candidate's values are from the reference's: ||c - r|| / ||r||, the angle's cosine, -20 log10 of the first."""
+
+    relative_l2: float
+    cosine: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGap:
+    """Of the hidden states that a decoder layer gives, and, by their name in the layer, of its linears, attention and the like."""
+
+    layer: int
+    hidden: Gap
+    modules: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleGap:
+    """Of one sample's judged tokens. `worst`: the token at which the distributions differ most, after the text before it."""
+
+    name: str
+    tokens: int
+    kl_mean: float
+    kl_max: float
+    nll_reference: float
+    nll_candidate: float
+    worst: str
+
+
+@dataclass(frozen=True, slots=True)
+class Behavior:
+    """What the samples showed. `kl` and what follows it have a value for each judged token, sample by sample."""
+
+    layers: tuple[LayerGap, ...]
+    samples: tuple[SampleGap, ...]
+    kl: tuple[float, ...]
+    nll_reference: tuple[float, ...]
+    nll_candidate: tuple[float, ...]
+    same_top: tuple[bool, ...]
+
+
+def measure_behavior(
+    reference: Path,
+    candidate: Path,
+    samples: Sequence[Sample],
+    *,
+    sequence_length: int,
+    max_pixels: int | None,
+    device: torch.device,
+    memory: int,
+    console: Console,
+) -> Behavior:
+    """Runs the samples through both. `memory`: bytes that waiting samples may hold; what does not fit goes in waves.
+
+    Raises UnsupportedError for checkpoints that can't be compared or computed, CalibrationError for samples without judged tokens.
+    """
+    encoder = Encoder(reference, max_pixels, sequence_length)
+    inputs = _Samples(encoder, samples)
+    tally, found = _Tally(), list[tuple[int, Distances]]()
+    with ExitStack() as stack, torch.inference_mode():
+        sides = [stack.enter_context(_side(folder, device)) for folder in (reference, candidate)]
+        _refuse_others(sides[0], sides[1])
+        first = 0
+        while first < len(samples):
+            count, part = _wave(sides, inputs, range(first, len(samples)), memory, tally, console)
+            found += part
+            first += count
+    gaps = tuple(_sample(number, distances, inputs) for number, distances in found)
+    return Behavior(
+        tally.layers(),
+        gaps,
+        tuple(float(v) for _, d in found for v in d.kl),
+        tuple(float(v) for _, d in found for v in d.nll_reference),
+        tuple(float(v) for _, d in found for v in d.nll_candidate),
+        tuple(bool(v) for _, d in found for v in d.same_top),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    component: Component
+    scope: Scope
+    reader: Reader
+    model: StreamedModel
+    head: Head
+
+
+@contextmanager
+def _side(folder: Path, device: torch.device) -> Iterator[_Side]:
+    """A checkpoint as it computes, streamed."""
+    inventory = read_inventory(folder)
+    if inventory.pipeline is not None:
+        raise UnsupportedError(f"{folder}: what a pipeline does is compared by its outputs", hint="give two folders of images")
+    scope, _ = scope_to_validate(inventory.main.config, None, lambda: record.body(folder))
+    if not describe(inventory.main):
+        inventory = unstack(inventory, scope)
+        with Reader(inventory.root, inventory.main) as reader:
+            model = StreamedModel(inventory.root, inventory.main, scope, reader, device)
+            yield _Side(inventory.main, scope, reader, model, Head(inventory.main, scope, reader, device))
+        return
+    stored = inventory.main
+    component, codings = decoded(stored)
+    with Decoded(inventory.root, component, codings) as reader:
+        model = StreamedModel(inventory.root, component, scope, reader, device)
+        with serving(model, stored, _expected(folder, stored, scope), reader, scope.kv):
+            yield _Side(component, scope, reader, model, Head(component, scope, reader, device))
+
+
+def _expected(folder: Path, component: Component, scope: Scope) -> Expected:
+    from ckptq.validate import other_config
+
+    other, _ = other_config(folder, idle=isinstance(component.config.get("quantization_config"), dict))
+    stored = Stored(component.config, other, {name: tensor.spec for name, tensor in component.tensors.items()})
+    settings, findings = configs.read(stored, scope, DEFAULT)
+    if settings is None:
+        raise UnsupportedError(f"{folder}: {findings[0].subject}: expected {findings[0].expected}, found {findings[0].found}")
+    return expect(stored, scope, settings)
+
+
+def _refuse_others(one: _Side, other: _Side) -> None:
+    pairs = {
+        "architecture": (one.scope.name, other.scope.name),
+        "number of layers": (len(one.model.layers), len(other.model.layers)),
+        "vocabulary": (one.head.size, other.head.size),
+    }
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise RecipeError(
+                f"reference and candidate differ in their {what}: {theirs} and {ours}", hint="compare two of one model"
+            )
+
+
+class _Samples:
+    """Encodes samples, and knows which of their tokens are judged once they have been."""
+
+    def __init__(self, encoder: Encoder, samples: Sequence[Sample]) -> None:
+        self.encoder, self.samples = encoder, samples
+        self.ids: dict[int, list[int]] = {}
+        self.spans: dict[int, range] = {}
+
+    def encode(self, number: int) -> Inputs:
+        inputs = self.encoder.encode(self.samples[number])
+        if number not in self.spans:
+            self.ids[number] = inputs["input_ids"][0].tolist()
+            self.spans[number] = span = judged(self.samples[number], inputs, self.encoder.tokens)
+            if not span:
+                raise CalibrationError(f"{self.samples[number].name}: too short to judge: it has one token")
+        return inputs
+
+
+def _wave(
+    sides: Sequence[_Side], inputs: _Samples, numbers: range, memory: int, tally: _Tally, console: Console
+) -> tuple[int, list[tuple[int, Distances]]]:
+    """(how many samples passed, what the distributions of each are apart)."""
+    one, other = sides
+    with Wave(one.model, inputs.encode) as a, Wave(other.model, inputs.encode) as b:
+        a.enter(numbers, memory // 2, console)
+        b.enter(numbers[: len(a)], 1 << 62, console)
+        with console.stage("compare", a.depth, "layers") as advance:
+            for layer, _ in zip(a.layers(), b.layers(), strict=True):
+                with _watching(one.model, layer) as before, _watching(other.model, layer) as after:
+                    for place in range(len(a)):
+                        a.step_one(place)
+                        b.step_one(place)
+                        tally.add(layer, "", a.hidden()[place], b.hidden()[place])
+                        for name in before:
+                            tally.add(layer, name, before[name], after[name])
+                advance(1)
+        last = [wave.hidden() for wave in (a, b)]
+    states = [_normed(side, hidden) for side, hidden in zip(sides, last, strict=True)]
+    spans = [inputs.spans[number] for number in numbers[: len(last[0])]]
+    device = states[0][0].device
+    tokens = [torch.tensor([inputs.ids[n][t] for t in span], device=device) for n, span in zip(numbers, spans, strict=False)]
+    with console.stage("heads", 1):
+        chosen = [torch.cat([h[0, s.start - 1 : s.stop - 1] for h, s in zip(state, spans, strict=True)]) for state in states]
+        distances = compare_heads(one.head, other.head, (chosen[0], chosen[1]), torch.cat(tokens))
+    return len(spans), list(zip(numbers, _split(distances, [len(span) for span in spans]), strict=False))
+
+
+def _split(distances: Distances, sizes: Sequence[int]) -> list[Distances]:
+    values = (distances.kl, distances.nll_reference, distances.nll_candidate, distances.same_top)
+    parts = [torch.split(t, list(sizes)) for t in values]
+    return [Distances(*values) for values in zip(*parts, strict=True)]
+
+
+def _normed(side: _Side, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What goes into the output head: the decoder's last norm, of each sample's last hidden state."""
+    decoder = side.model.decoder
+    norms = [name for name, _ in decoder.named_children() if "norm" in name]
+    if len(norms) != 1:
+        raise UnsupportedError(f"{type(decoder).__name__} of transformers: expected one norm after the layers, found {norms}")
+    side.model.load_resident(within=f"{side.model.decoder_name}.{norms[0]}")
+    try:
+        norm = decoder.get_submodule(norms[0])
+        return [norm(state) for state in hidden]
+    finally:
+        side.model.drop_resident()
+
+
+@contextmanager
+def _watching(model: StreamedModel, layer: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What the layer's modules give, of the sample that passed last: its linears, and the modules around them."""
+    found: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, torch.Tensor):
+                found[name] = value.detach().clone() if name.endswith("_proj") else value
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in model.layers[layer].named_modules():
+            if name and (isinstance(module, torch.nn.Linear) or name.count(".") == 0) and "norm" not in name:
+                hooks.callback(module.register_forward_hook(note(name)).remove)
+        yield found
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over samples, float64: of squared differences, of squares of both, of products. By layer and module."""
+
+    sums: dict[tuple[int, str], list[float]] = field(default_factory=dict)
+
+    def add(self, layer: int, name: str, reference: torch.Tensor, candidate: torch.Tensor) -> None:
+        r, c = reference.reshape(-1).float(), candidate.reshape(-1).float()
+        d = c - r
+        found = torch.stack([torch.dot(x, y).double() for x, y in ((d, d), (r, r), (c, c), (r, c))]).tolist()
+        known = self.sums.setdefault((layer, name), [0.0] * 4)
+        for i, value in enumerate(found):
+            known[i] += value
+
+    def layers(self) -> tuple[LayerGap, ...]:
+        numbers = sorted({layer for layer, _ in self.sums})
+        names = list(dict.fromkeys(name for _, name in self.sums if name))
+        return tuple(
+            LayerGap(n, gap(*self.sums[n, ""]), {m: gap(*self.sums[n, m]).relative_l2 for m in names if (n, m) in self.sums})
+            for n in numbers
+        )
+
+
+def gap(error: float, reference: float, candidate: float, product: float) -> Gap:
+    """Of sums of squares. Both all zero: no error; the reference alone: infinite."""
+    relative = math.sqrt(error / reference) if reference else (math.inf if error else 0.0)
+    norms = math.sqrt(reference * candidate)
+    cosine = max(-1.0, min(1.0, product / norms)) if norms else float(reference == candidate)
+    return Gap(relative, cosine, -20 * math.log10(relative) if 0 < relative < math.inf else math.copysign(math.inf, -relative))
+
+
+def _sample(number: int, distances: Distances, inputs: _Samples) -> SampleGap:
+    span, ids = inputs.spans[number], inputs.ids[number]
+    worst = int(distances.kl.argmax())
+    at = span.start + worst
+    text = inputs.encoder.text(ids[max(0, at - 12) : at + 1])
+    mean = [float(values.mean()) for values in (distances.kl, distances.nll_reference, distances.nll_candidate)]
+    return SampleGap(inputs.samples[number].name, len(span), mean[0], float(distances.kl.max()), mean[1], mean[2], text)
