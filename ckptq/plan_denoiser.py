@@ -169,12 +169,23 @@ def _subjects(component: Component, denoiser: Denoiser, blocks: Blocks) -> Subje
         stays={m: UNMATCHED if m in linears else blocks.stays.get(m, "not a linear") for m in modules},
         linears=linears,
         outside={m: m for m in blocks.stays if m not in inside},
-        spellings=lambda module: (module,),
+        spellings=lambda module: _spellings(module, denoiser),
         whole="the denoiser",
         inner="blocks",
         inside=f"{denoiser.stacks[0].prefix}.*",
         scope=denoiser.name,
     )
+
+
+def _spellings(module: str, denoiser: Denoiser) -> tuple[str, ...]:
+    """The name itself, and of a linear that stands for several their names, as the source has them."""
+    parts = (
+        module.removesuffix(whole) + part
+        for whole, names in denoiser.joined.items()
+        if module.endswith(f".{whole}")
+        for part in names
+    )
+    return (module, *parts)
 
 
 def _block_name(module: str, denoiser: Denoiser) -> str:

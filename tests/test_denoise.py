@@ -124,7 +124,7 @@ def of_kind(table: Mapping[str, float], kind: str) -> dict[str, float]:
     return {name: amax for name, amax in table.items() if name.endswith(f".{kind}_amax")}
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux2", "wan22"])
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "flux2", "flux2_klein", "wan22"])
 def test_amaxes_are_the_resident_pipelines_and_a_step_reads_a_denoiser_once(name: str, make: Make, stack: ExitStack) -> None:
     """With both guidance branches, refiners, blocks of two kinds, text encoders of four and two experts."""
     folder, settings = make(name), PromptCalibration(**PROMPTS)

@@ -206,7 +206,8 @@ class Scope:
         """`num_hidden_layers`. Raises SourceError where config.json does not give it."""
         count = self.text(config).get("num_hidden_layers")
         if type(count) is not int or not 1 <= count <= MOST_LAYERS:
-            raise SourceError(f"config.json: num_hidden_layers should be an integer from 1 to {MOST_LAYERS}, found {count!r:.80}")
+            key = "num_hidden_layers" if self.flat or not self.text_config else f"{self.text_config}.num_hidden_layers"
+            raise SourceError(f"config.json: {key} should be an integer from 1 to {MOST_LAYERS}, found {count!r:.80}")
         return count
 
     def experts_key(self, config: Mapping[str, Any]) -> str:
