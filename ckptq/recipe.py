@@ -24,6 +24,7 @@ from ckptq.sections import (
     Calibration,
     Components,
     Export,
+    Quality,
     Rule,
     Section,
     Treatment,
@@ -49,6 +50,7 @@ class Recipe(Section):
     calibration: Calibration = BuiltinCalibration(source="builtin")
     export: Export = Export()
     validation: Validation = Validation()
+    quality: Quality | None = None
     scope: Annotated[Scope | None, AfterValidator(consistent)] = None
     """Of an architecture that has no file in ckptq/scopes, or in place of that file."""
 
@@ -65,6 +67,8 @@ SECTIONS: Sections = {
     **{("calibration", name): tuple(section.model_fields) for name, section in SOURCES.items()},
     ("export",): tuple(Export.model_fields),
     ("validation",): tuple(Validation.model_fields),
+    ("quality",): tuple(Quality.model_fields),
+    **{("quality", "samples", name): tuple(section.model_fields) for name, section in SOURCES.items()},
     ("scope",): _keys(Scope),
     ("scope", "linears"): _keys(Fused),
     ("scope", "towers"): _keys(Tower),
@@ -193,7 +197,7 @@ def _describe_all(error: ValidationError, data: dict[str, Any], places: Mapping[
     problems = []
     for e in error.errors():
         problems.append(describe(e, places, SECTIONS))
-        if e["type"] == "union_tag_invalid" and (near := difflib.get_close_matches(e["ctx"]["tag"], SOURCES, n=1)):
+        if e["type"] == "union_tag_invalid" and e["loc"] == ("calibration",) and (near := difflib.get_close_matches(e["ctx"]["tag"], SOURCES, n=1)):
             section = {**data["calibration"], "source": near[0]}
             try:
                 Recipe.model_validate({"quantize": [{"modules": "*", "scheme": "fp8"}], "calibration": section})

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, ValidatorFunctionWrapHandler
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, ValidatorFunctionWrapHandler
 from pydantic_core import PydanticCustomError
 
+from ckptq.compare.policy import read_limit
 from ckptq.errors import RecipeError
 from ckptq.mistakes import close
 
@@ -216,3 +217,20 @@ class Validation(Section):
 
     values: bool = True
     passthrough: bool = True
+
+
+def _limits(texts: list[str]) -> list[str]:
+    for text in texts:
+        read_limit(text)
+    return texts
+
+
+class Quality(Section):
+    """What a comparison of the output with its source must not show, as `ckptq compare` measures it.
+
+    fail_on  limits, `kl_mean>0.02`: ckptq/compare/policy.py has the metrics
+    samples  what both models are run on; None for those of the calibration
+    """
+
+    fail_on: Annotated[list[str], BeforeValidator(strings), AfterValidator(_limits)] = []
+    samples: Calibration | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptq.checkpoint import DTYPE_BYTES, Component, Reader, SourceTensor
-from ckptq.validators.coding import FP4, FP8, NVFP4_COLUMNS, Coding, decode, find_coding, number_of
+from ckptq.validators.coding import FP8, NVFP4_COLUMNS, Coding, decode, find_coding, number_of
 from ckptq.validators.rounding import Coded, as_float32, load
 from ckptq.validators.scales import DTYPES, block_of
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     F64 = np.ndarray[Any, np.dtype[np.float64]]
 
 PIECE = 1 << 15
-"""Values at a time: what a thread holds of them, 1 MB, stays in the cache."""
+"""Values at a time, an even number for codes in pairs: what a thread holds of them, 1 MB, stays in the cache."""
 _INTEGERS = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "u2", "I16": "i2", "U32": "u4", "I32": "i4", "U64": "u8", "I64": "i8"}
 _NAN = 0x7F
 """Of E4M3, without its sign."""
@@ -41,7 +41,7 @@ class Held:
 
     @property
     def columns(self) -> int:
-        return self.shape[-1] if self.shape else 1
+        return max(self.shape[-1], 1) if self.shape else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,3 @@ def _decoded(held: Held, coded: Coded, area: Area, first: int, desk: Desk) -> F3
             np.multiply(part, coded.over(held.reader, top, bottom, area.left, area.right), out=part)
             top = bottom
     return values
-
-
-assert PIECE % FP4.packed == 0

@@ -9,14 +9,15 @@ RGB of 8 bits; arrays as they are, and psnr_db is of uint8 alone.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ckptq.compare.metrics import Sums, sums
+from ckptq.compare.metrics import Sums, extreme, sums
 from ckptq.errors import SourceError
 from ckptq.folder import printable
 from ckptq.index import natural
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"))
 ARRAYS = frozenset((".npy", ".npz"))
-_VIDEOS = frozenset((".mp4", ".webm", ".mkv", ".avi", ".mov"))
 _CHECKPOINT = ("config.json", "model_index.json")
 _PIECE = 1 << 16
 _NAMES = ("cosine_similarity", "mae", "mse", "rmse", "max_abs", "l2", "relative_l2")
@@ -117,9 +117,9 @@ class ImageMetrics:
         }
 
 
-def holds_outputs(folder: Path) -> bool:
+def holdsoutput_names(folder: Path) -> bool:
     """Whether it is a folder of outputs and no checkpoint."""
-    return folder.is_dir() and not any((folder / name).is_file() for name in _CHECKPOINT) and bool(_outputs(folder))
+    return folder.is_dir() and not any((folder / name).is_file() for name in _CHECKPOINT) and bool(output_names(folder))
 
 
 def compare_images(
@@ -146,7 +146,8 @@ def compare_images(
             total.add(*found)
         outputs[name] = tally.frames(name)
         advance(1)
-    worst = sorted(outputs, key=lambda name: -outputs[name].all_frames_metrics["relative_l2"])
+    errors = {name: frames.all_frames_metrics["relative_l2"] for name, frames in outputs.items()}
+    worst = sorted(outputs, key=lambda name: (not math.isnan(errors[name]), -errors[name]))
     return ImageMetrics(total.frames(str(reference)), {n: outputs[n] for n in worst}, reference_generation, candidate_generation)
 
 
@@ -154,13 +155,10 @@ def figures(found: ImageMetrics) -> dict[str, float]:
     """{metric: value}: of all pixels, of the worst output, and the ratios of what was supplied of both."""
     together = dict(found.output_metrics.all_frames_metrics)
     worst = [frames.all_frames_metrics for frames in found.outputs.values()]
-    extremes: dict[str, Callable[[Sequence[float]], float]] = {
-        "cosine_similarity_min": min, "mae_max": max, "relative_l2_max": max, "psnr_db_min": min
-    }  # fmt: skip
-    for name, of in extremes.items():
-        metric = name.rpartition("_")[0]
+    for name in ("cosine_similarity_min", "mae_max", "relative_l2_max", "psnr_db_min"):
+        metric, _, end = name.rpartition("_")
         if metric in together:
-            together[name] = of([metrics[metric] for metrics in worst])
+            together[name] = extreme(min if end == "min" else max, (metrics[metric] for metrics in worst))
     mine, theirs = found.candidate_generation.data(), found.reference_generation.data()
     for metric in ("avg_generation_time", "max_peak_memory"):
         unit = "s" if metric.endswith("time") else "mb"
@@ -202,7 +200,7 @@ class _Tally:
 
 def _common(reference: Path, candidate: Path) -> list[str]:
     """The names of the outputs, the same on both sides, in natural order."""
-    theirs, ours = _outputs(reference), _outputs(candidate)
+    theirs, ours = output_names(reference), output_names(candidate)
     for folder, names in ((reference, theirs), (candidate, ours)):
         if not names:
             raise SourceError(
@@ -218,7 +216,7 @@ def _common(reference: Path, candidate: Path) -> list[str]:
     return theirs
 
 
-def _outputs(folder: Path) -> list[str]:
+def output_names(folder: Path) -> list[str]:
     """Hidden entries and files of other kinds do not count, nor do folders without frames."""
     found = [p for p in folder.iterdir() if not p.name.startswith(".")]
     return sorted((p.name for p in found if p.suffix.lower() in IMAGES | ARRAYS or (p.is_dir() and _images(p))), key=natural)

@@ -20,10 +20,12 @@ from ckptq.validators import record
 from ckptq.validators.omni.pipeline import denoisers_of
 from ckptq.validators.scales import scale_kind
 
+_HINT = "name two checkpoints of one architecture"
 _BESIDE = frozenset(
     ("weight_shape", "weight_zero_point", "weight_g_idx", "input_zero_point", "k_zero_point", "v_zero_point", "pre_quant_scale")
 )
 """What lies beside codes and is neither a weight nor, by its name, a scale."""
+_ALONE = ("in the reference alone", "in the candidate alone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,8 @@ def match(reference: Inventory, candidate: Inventory) -> Matched:
     Raises SourceError where the two have nothing in common.
     """
     if (reference.pipeline is None) != (candidate.pipeline is None):
-        raise SourceError(
-            f"{candidate.root}: expected {'a plain model' if reference.pipeline is None else 'a pipeline'}, as {reference.root} is one",
-            hint="name two checkpoints of one architecture",
-        )
+        what = "a plain model" if reference.pipeline is None else "a pipeline"
+        raise SourceError(f"{candidate.root}: expected {what}, as {reference.root} is one", hint=_HINT)
     scope = _scope(candidate) or _scope(reference)
     sides = tuple(_unstacked(side, scope) for side in (reference, candidate))
     denoisers = {**denoisers_of(candidate), **denoisers_of(reference)}
@@ -83,9 +83,7 @@ def match(reference: Inventory, candidate: Inventory) -> Matched:
             parts.append(part)
             lacking += odd
     if not any(part.pairs for part in parts):
-        raise SourceError(
-            f"{candidate.root}: no tensor has the name of one in {reference.root}", hint="name two checkpoints of one architecture"
-        )
+        raise SourceError(f"{candidate.root}: no tensor has the name of one in {reference.root}", hint=_HINT)
     return Matched(tuple(parts), tuple(lacking))
 
 
@@ -124,7 +122,7 @@ def _names(inventory: Inventory, folder: str, scope: Scope | None, denoiser: Den
     written = _renamed(record.body(inventory.root), folder if inventory.pipeline is not None else None)
 
     def name(stored: str) -> str:
-        called = f"{stored.removesuffix('_packed')}" if stored.endswith(".weight_packed") else stored
+        called = stored.removesuffix("_packed") if stored.endswith(".weight_packed") else stored
         called = written.get(called, written.get(stored, called))
         if scope is not None:
             return scope.canonical(called)
@@ -158,9 +156,6 @@ def _pairs(
     odd = [Unmatched(f"{folder}{printable(t.spec.name)}", _ALONE[0]) for name, t in theirs.items() if name not in ours]
     odd += [Unmatched(f"{folder}{printable(t.spec.name)}", _ALONE[1]) for name, t in ours.items() if name not in theirs]
     return Part(reference, candidate, pairs), odd
-
-
-_ALONE = ("in the reference alone", "in the candidate alone")
 
 
 def _counts(name: str) -> bool:

@@ -15,6 +15,7 @@ either side makes the figures that it reaches NaN or infinite.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,12 @@ def sums(reference: F64, candidate: F64, spare: F64) -> Sums:
         errors = float(np.einsum("i,i", spare, spare))
         np.abs(spare, out=spare)
         return Sums(len(reference), *squares, errors, float(spare.sum()), float(spare.max()))
+
+
+def extreme(of: Callable[[Iterable[float]], float], values: Iterable[float]) -> float:
+    """min or max of some values, or NaN where any is."""
+    known = list(values)
+    return math.nan if any(map(math.isnan, known)) else of(known)
 
 
 def _larger(a: float, b: float) -> float:

@@ -95,20 +95,25 @@ class Judged:
         return math.isnan(self.found) or _BEYOND[self.limit.op](self.found, self.limit.value)
 
     def __str__(self) -> str:
-        return f"{self.limit.metric} is {self.found:.6g}: {'broken' if self.broken else 'kept'}: {self.limit}"
+        return f"{self.limit.metric} is {self.found:.6g}, {'beyond' if self.broken else 'within'} the limit {self.limit}"
 
 
 def parse_policy(text: str) -> Limit:
     """`kl_mean>0.02` as a Limit. Raises RecipeError for another form, and for a metric that there is not."""
+    try:
+        return read_limit(text)
+    except ValueError as problem:
+        raise RecipeError(f"--fail-on: {problem}", hint=f"metrics: {', '.join(_ALL)}") from None
+
+
+def read_limit(text: str) -> Limit:
+    """The same for a recipe. Raises ValueError."""
     match = _LIMIT.fullmatch(text)
     value = _number(match[3]) if match else None
     if match is None or value is None:
-        raise RecipeError(f"--fail-on {text!r}: expected METRIC, one of > >= < <=, and a number", hint="for example kl_mean>0.02")
+        raise ValueError(f"expected METRIC, one of > >= < <=, and a number, as in 'kl_mean>0.02', found {text!r}")
     if match[1] not in _ALL:
-        raise RecipeError(
-            f"--fail-on {text}: no metric is called {match[1]!r}{close(match[1], _ALL, near_only=True)}",
-            hint="metrics: " + ", ".join(_ALL),
-        )
+        raise ValueError(f"expected a metric that is measured, found {match[1]!r}{close(match[1], _ALL, near_only=True)}")
     return Limit(match[1], match[2], value)
 
 

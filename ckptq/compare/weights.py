@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ckptq.checkpoint import Reader, SourceTensor
 from ckptq.compare.held import Area, Desk, Held, areas, hold, read
 from ckptq.compare.matched import Matched, Part
-from ckptq.compare.metrics import Sums, sums
+from ckptq.compare.metrics import Sums, extreme, sums
 from ckptq.threads import in_order
 
 PART = 1 << 22
@@ -80,9 +80,9 @@ def figures(errors: Sequence[WeightError], unmatched: int) -> dict[str, float]:
     if not errors:
         return {}
     return {
-        "weight_cosine_min": _extreme(min, (e.cosine for e in errors)),
-        "weight_relative_l2_max": _extreme(max, (e.relative_l2 for e in errors)),
-        "weight_sqnr_db_min": _extreme(min, (e.sqnr_db for e in errors)),
+        "weight_cosine_min": extreme(min, (e.cosine for e in errors)),
+        "weight_relative_l2_max": extreme(max, (e.relative_l2 for e in errors)),
+        "weight_sqnr_db_min": extreme(min, (e.sqnr_db for e in errors)),
         "weights_unmatched": float(unmatched),
     }
 
@@ -93,11 +93,6 @@ def by_coding(errors: Iterable[WeightError]) -> Mapping[str, list[WeightError]]:
     for error in errors:
         found.setdefault(error.coding or error.dtype, []).append(error)
     return found
-
-
-def _extreme(of: Callable[[Iterable[float]], float], values: Iterable[float]) -> float:
-    known = list(values)
-    return math.nan if any(map(math.isnan, known)) else of(known)
 
 
 def _jobs(part: Part, reader: Reader, other: Reader) -> Iterator[_Job]:

@@ -1,0 +1,170 @@
+"""`ckptq compare`: what a candidate costs beside its reference, and the limits that it must keep. Light: imports no numpy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptq import __version__
+
+if TYPE_CHECKING:
+    from ckptq.checkpoint import Inventory
+    from ckptq.compare.behavior import Behavior
+    from ckptq.compare.images import Generation, ImageMetrics
+    from ckptq.compare.matched import Unmatched
+    from ckptq.compare.policy import Judged, Limit
+    from ckptq.compare.weights import WeightError
+    from ckptq.console import Console
+    from ckptq.hub import Source
+    from ckptq.sections import Calibration
+
+NO_ENGINE = "this version runs no samples"
+ONLY_WEIGHTS = "left out by --weights-only"
+PACKAGES = ("torch", "transformers", "numpy", "pillow")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a comparison was asked for. `reference` and `candidate` are as the user named them.
+
+    samples      what both models are run on; None for weights alone, and `why` says so
+    generations  what the outputs of reference and candidate took, of two folders of outputs
+    """
+
+    reference: str
+    candidate: str
+    limits: tuple[Limit, ...] = ()
+    samples: Calibration | None = None
+    why: str = NO_ENGINE
+    generations: tuple[Generation, Generation] | None = None
+    device: str = "auto"
+    memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All that a report says.
+
+    weights    worst first, or None where these are no checkpoints
+    unmatched  tensors that one side lacks
+    figures    {metric: value}, what limits speak of: the metrics of policy.METRICS that were measured
+    limits     each with what was found
+    sizes      bytes of the weights, or of outputs the number of them: {"reference": ..., "candidate": ...}
+    skipped    {"weights", "behavior" or "images": why it was not measured}
+    """
+
+    reference: str
+    candidate: str
+    weights: tuple[WeightError, ...] | None = None
+    unmatched: tuple[Unmatched, ...] = ()
+    behavior: Behavior | None = None
+    images: ImageMetrics | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    limits: tuple[Judged, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a limit is broken."""
+        return int(any(judged.broken for judged in self.limits))
+
+
+def compare(asked: Asked, console: Console) -> Comparison:
+    """Measures what was asked for, two checkpoints or two folders of outputs.
+
+    Raises SourceError for what can't be read or compared, RecipeError for a limit on what is not measured.
+    """
+    from ckptq.compare.images import holds_outputs
+
+    folders = [Path(name).expanduser() for name in (asked.reference, asked.candidate)]
+    if all(map(holds_outputs, folders)):
+        return _outputs(asked, folders[0], folders[1], console)
+    return _checkpoints(asked, console)
+
+
+def _outputs(asked: Asked, reference: Path, candidate: Path, console: Console) -> Comparison:
+    from ckptq.compare import images, policy
+    from ckptq.errors import RecipeError
+
+    if asked.samples is not None:
+        raise RecipeError("samples are for checkpoints: these are folders of outputs")
+    skipped: dict[policy.Part, str] = dict.fromkeys(("weights", "behavior"), "these are folders of outputs")
+    policy.refuse_unmeasured(asked.limits, skipped)
+    generations = asked.generations or (images.Generation(), images.Generation())
+    with console.stage("images", len(images.output_names(reference)), "steps") as advance:
+        found = images.compare_images(
+            reference,
+            candidate,
+            reference_generation=generations[0],
+            candidate_generation=generations[1],
+            advance=advance,
+        )
+    figures = images.figures(found)
+    limits = policy.judge(asked.limits, figures)
+    sizes = dict.fromkeys(("reference", "candidate"), len(found.outputs))
+    return Comparison(
+        asked.reference, asked.candidate, images=found, figures=figures, limits=limits, sizes=sizes, versions=_versions(),
+        skipped=skipped,
+    )  # fmt: skip
+
+
+def _checkpoints(asked: Asked, console: Console) -> Comparison:
+    from ckptq import hub
+    from ckptq.checkpoint import read_inventory
+    from ckptq.compare import policy, weights
+    from ckptq.compare.matched import match
+    from ckptq.errors import RecipeError
+
+    if asked.generations is not None:
+        raise RecipeError("seconds and peak memory are for folders of outputs: these are checkpoints")
+    skipped: dict[policy.Part, str] = {"images": "these are checkpoints"}
+    skipped |= {"behavior": asked.why} if asked.samples is None else {}
+    policy.refuse_unmeasured(asked.limits, skipped)
+    opened = [hub.fetch(name, weights=True) for name in (asked.reference, asked.candidate)]
+    inventories = [read_inventory(source.root, source.header, strict=False) for source in opened]
+    found = match(inventories[0], inventories[1])
+    with console.stage("weights", found.nbytes, "bytes") as advance:
+        errors = weights.worst_first(weights.weight_errors(found, advance))
+    figures = weights.figures(errors, len(found.unmatched))
+    behavior, more = _behavior(asked, opened, console)
+    figures |= more
+    return Comparison(
+        asked.reference,
+        asked.candidate,
+        tuple(errors),
+        found.unmatched,
+        behavior,
+        None,
+        figures,
+        policy.judge(asked.limits, figures),
+        {side: _nbytes(at) for side, at in zip(("reference", "candidate"), inventories, strict=True)},
+        _versions(),
+        _settings(asked),
+        skipped,
+    )
+
+
+def _behavior(asked: Asked, opened: list[Source], console: Console) -> tuple[Behavior | None, dict[str, float]]:
+    """What the samples showed, and its figures. The engine takes this place: ckptq.compare.behavior.measure_behavior."""
+    return None, {}
+
+
+def _nbytes(inventory: Inventory) -> int:
+    return sum(component.nbytes for component in inventory.components)
+
+
+def _settings(asked: Asked) -> dict[str, Any]:
+    """What the samples were: without paths."""
+    if asked.samples is None:
+        return {}
+    return asked.samples.model_dump(mode="json", exclude={"files", "images", "annotations", "save_every", "all_experts"})
+
+
+def _versions() -> dict[str, str]:
+    return {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
