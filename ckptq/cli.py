@@ -16,6 +16,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from ckptq.compare.command import compare
+
 Format = Literal["human", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="human: tables; json: one object on stdout.")]
 
@@ -152,6 +154,9 @@ def validate(
         raise
     tell(outcome)
     raise typer.Exit(outcome.exit_code)
+
+
+app.command()(compare)
 
 
 @app.command()

@@ -63,8 +63,12 @@ def _files_digest(base: Path, names: Sequence[str]) -> str:
 
 
 def _portable_recipe(job: Prepared) -> dict[str, Any]:
-    """The recipe as resolved, without the paths of this machine: samples and source are recorded by their content."""
-    body = job.recipe.model_dump(mode="json", exclude={"model", "output", *([] if job.recipe.components else ["components"])})
+    """The recipe as resolved, without the paths of this machine and what no byte of the output follows from.
+
+    Samples and source are recorded by their content.
+    """
+    left_out = {"model", "output", "quality", *([] if job.recipe.components else ["components"])}
+    body = job.recipe.model_dump(mode="json", exclude=left_out)
     if job.reused is not None:
         del body["calibration"]
         return body

@@ -14,6 +14,9 @@ KeyPath = tuple[object, ...]
 Sections = Mapping[tuple[str, ...], Collection[str]]
 """{place of a section: its keys}. Of a section in variants, each stands at its place and name: ("calibration", "coco")."""
 
+_SOURCES: tuple[tuple[str, ...], ...] = (("calibration",), ("quality", "samples"))
+"""The places of sections in variants, which their key `source` tells apart."""
+
 _WORDS: Mapping[str, str] = MappingProxyType(
     {
         "model_type": "a section with keys of its own",
@@ -35,10 +38,11 @@ def describe(error: Mapping[str, Any], places: Mapping[KeyPath, str], sections: 
     sources = [place[1] for place in sections if place[:1] == ("calibration",)]
     location: KeyPath = error["loc"]
     kind, found = error["type"], error["input"]
-    if location[:1] == ("calibration",) and len(location) > 1:  # pydantic puts the source's name between section and key
-        location = ("calibration", *location[2:])
+    for at in _SOURCES:
+        if location[: len(at)] == at and len(location) > len(at):  # pydantic puts the source's name between section and key
+            location = (*at, *location[len(at) + 1 :])
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        location, found = ("calibration", "source"), error.get("ctx", {}).get("tag")
+        location, found = (*location, "source"), error.get("ctx", {}).get("tag")
     place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), None)
     where = f"{dotted(location)} ({place})" if place else dotted(location)
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
@@ -59,9 +63,9 @@ def describe(error: Mapping[str, Any], places: Mapping[KeyPath, str], sections: 
 
 def _belongs(location: KeyPath, sections: Sections) -> str:
     """For a setting of one calibration source that stands under another: which one's it is."""
-    if location[:1] != ("calibration",) or len(location) != 2:
+    if location[:-1] not in _SOURCES:
         return ""
-    owners = [place[1] for place, keys in sections.items() if place[:1] == ("calibration",) and location[1] in keys]
+    owners = [place[1] for place, keys in sections.items() if place[:1] == ("calibration",) and location[-1] in keys]
     return f" here; it belongs to source {_either(owners)}" if owners else ""
 
 

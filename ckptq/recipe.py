@@ -36,7 +36,7 @@ from ckptq.spelled import consistent
 
 
 class Recipe(Section):
-    """One job: source, output, what becomes what, calibration, export, validation."""
+    """One job: source, output, what becomes what, calibration, export, validation, comparison."""
 
     description: str = ""
     model: str | None = None
@@ -197,7 +197,8 @@ def _describe_all(error: ValidationError, data: dict[str, Any], places: Mapping[
     problems = []
     for e in error.errors():
         problems.append(describe(e, places, SECTIONS))
-        if e["type"] == "union_tag_invalid" and e["loc"] == ("calibration",) and (near := difflib.get_close_matches(e["ctx"]["tag"], SOURCES, n=1)):
+        wrong_source = e["type"] == "union_tag_invalid" and e["loc"] == ("calibration",)
+        if wrong_source and (near := difflib.get_close_matches(e["ctx"]["tag"], SOURCES, n=1)):
             section = {**data["calibration"], "source": near[0]}
             try:
                 Recipe.model_validate({"quantize": [{"modules": "*", "scheme": "fp8"}], "calibration": section})

@@ -219,10 +219,9 @@ class Validation(Section):
     passthrough: bool = True
 
 
-def _limits(texts: list[str]) -> list[str]:
-    for text in texts:
-        read_limit(text)
-    return texts
+def _limit(text: str) -> str:
+    read_limit(text)
+    return text
 
 
 class Quality(Section):
@@ -232,5 +231,5 @@ class Quality(Section):
     samples  what both models are run on; None for those of the calibration
     """
 
-    fail_on: Annotated[list[str], BeforeValidator(strings), AfterValidator(_limits)] = []
+    fail_on: Annotated[list[Annotated[str, AfterValidator(_limit)]], BeforeValidator(strings)] = []
     samples: Calibration | None = None

@@ -64,6 +64,7 @@ BASES: Mapping[str, Base] = {
     "omnigen-native": _pipeline("omnigen2", "fp8", "fp8-tensor"),
     "wan": _pipeline("wan22", "modelopt", "fp8-dynamic", "transformer", "transformer_2", quantization_config="fp8"),
     "wan-native": _pipeline("wan22", "fp8", "fp8-tensor", "transformer", "transformer_2"),
+    "wan-mxfp8": _pipeline("wan22", "mxfp8", "mxfp8", "transformer", "transformer_2"),
     "glm": _pipeline("glm_image", "modelopt", "fp8-dynamic"),
     "glm-native": _pipeline("glm_image", "fp8", "fp8-tensor"),
     "hunyuan": Base(
@@ -182,6 +183,15 @@ NATIVE = {f"{name}-native": module for name, module in MODELOPT.items()}
 OUT = {name: module.replace("to_q", "to_out.0") for name, module in (MODELOPT | NATIVE).items()}
 
 
+ROOTS = {"hunyuan": "model.layers.0.self_attn.o_proj", "bagel": "language_model.model.layers.0.self_attn.o_proj_moe_gen"}
+MORE = {"hunyuan": "model.layers.1.mlp.experts.1.down_proj", "bagel": "language_model.model.layers.1.mlp_moe_gen.up_proj"}
+
+
+def _of_roots(edit_of: Callable[[str], Edit]) -> dict[str, dict[str, Edit]]:
+    """Of two linears of each root checkpoint, routed experts and twins among them."""
+    return {base: {"of attention": edit_of(module), "of a part of it": edit_of(MORE[base])} for base, module in ROOTS.items()}
+
+
 def _per_base(modules: Mapping[str, str], what: str, edit_of: Callable[[str], Edit]) -> dict[str, dict[str, Edit]]:
     return {base: {what: within(edit_of(module))} for base, module in modules.items()}
 
@@ -200,11 +210,15 @@ def _unjoined(stored: dict[str, torch.Tensor]) -> None:
 
 FAULTS: Faults = {
     "weight_scale missing": _per_base(MODELOPT | NATIVE, "a shard's", lambda m: edit.drop(f"{m}.weight_scale"))
-    | {"qwen-int8": {"of one linear": within(edit.drop(f"{OUT['qwen']}.weight_scale"))}},
+    | {"qwen-int8": {"of one linear": within(edit.drop(f"{OUT['qwen']}.weight_scale"))}}
+    | {"wan-mxfp8": {"of one linear": within(edit.drop("blocks.0.ffn.net.2.weight_scale"), folder="transformer_2")}}
+    | _of_roots(lambda m: edit.drop(f"{m}.weight_scale")),
     "input_scale missing": {"qwen": {"of one linear": within(edit.drop(f"{OUT['qwen']}.input_scale"))}},
-    "weight missing": _per_base(MODELOPT | NATIVE, "a shard's", lambda m: edit.drop(f"{m}.weight")),
+    "weight missing": _per_base(MODELOPT | NATIVE, "a shard's", lambda m: edit.drop(f"{m}.weight"))
+    | _of_roots(lambda m: edit.drop(f"{m}.weight")),
     "weight stored unquantized": _per_base(MODELOPT | NATIVE, "a shard's", kept)
-    | {"qwen-channel": {"a whole block's": within(kept("transformer_blocks.1.*"))}},
+    | {"qwen-channel": {"a whole block's": within(kept("transformer_blocks.1.*"))}}
+    | _of_roots(kept),
     "scale under another name": _per_base(
         OUT, "weight_scale_inv", lambda m: edit.rename(".weight_scale", ".weight_scale_inv", f"{m}.weight_scale")
     ),
@@ -288,7 +302,10 @@ FAULTS: Faults = {
     "activations of another scheme": {
         "qwen-native": {"static without scales": within(setting(activation_scheme="static"))},
     },
-    "not called serialized": {"qwen-int8": {"flag absent": within(setting(is_checkpoint_int8_serialized=None))}},
+    "not called serialized": {
+        "qwen-int8": {"flag absent": within(setting(is_checkpoint_int8_serialized=None))},
+        "wan-mxfp8": {"flag false": within(setting(is_checkpoint_mxfp8_serialized=False))},
+    },
     "no section": {
         name: {"removed": within(config(lambda c: c.pop("quantization_config")))} for name in ("qwen", "z", "flux-native", "glm")
     },
@@ -297,6 +314,8 @@ FAULTS: Faults = {
         "z-native": {"modulation": within(codes("layers.0.adaLN_modulation.0"))},
         "qwen": {"with its scale": within(codes("img_in")), "without scale": within(codes("img_in", scale=False)),
                  "INT8": within(codes("img_in", dtype=torch.int8))},
+        "bagel": {"the head": codes("language_model.lm_head")},
+        "hunyuan": {"the head": codes("lm_head")},
         "wan-native": {"text embedder": within(codes("condition_embedder.text_embedder.linear_1"), folder="transformer_2")},
     },
     "tensor that is no part of the model": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from huggingface_hub import constants
 from pipelines import pipelines
 from safetensors.torch import load_file, save_file
 
-from ckptq import hub
+from ckptq import hub, writer
 from ckptq.checkpoint import read_inventory
 from ckptq.cli import main
 from ckptq.console import Console
@@ -181,6 +182,23 @@ def test_bad_input_never_yields_output(qwen: Path, tmp_path: Path) -> None:
     (tmp_path / "there" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         run(DYNAMIC, qwen, tmp_path / "there")
+
+
+def test_a_copy_that_went_wrong_is_never_published(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests are taken of the source's bytes: they tell even where nothing else is compared with the source."""
+    right = writer.copy_bytes
+
+    def wrong(source: int, at: int, target: int, to: int, count: int) -> None:
+        right(source, at, target, to, count)
+        if count > 1 << 12:
+            os.pwrite(target, b"\x11\x22", to + count - 2)
+
+    monkeypatch.setattr(writer, "copy_bytes", wrong)
+    with pytest.raises(DataError) as caught:
+        run(DYNAMIC + "validation: {passthrough: false}\n", qwen, tmp_path / "out")
+    assert "record.file-changed: text_encoder/model.safetensors" in str(caught.value)
+    assert "record.tensor-changed: transformer/" in str(caught.value)
+    assert not (tmp_path / "out" / "model_index.json").exists()
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

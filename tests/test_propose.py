@@ -262,7 +262,7 @@ def test_a_mistake_in_a_scope_is_told_with_its_place(
 def test_a_model_that_transformers_does_not_build_so_is_told(change: dict[str, Any], source: Made, tmp_path: Path) -> None:
     path = recipe(tmp_path / "recipe.yaml", source("granite"), tmp_path / "out", as_yaml(proposal(source("granite"))))
     job = prepare(load_recipe(str(path)))
-    job = replace(job, scope=replace(job.scope, **change))
+    job = replace(job, parts=(replace(job.parts[0], scope=replace(job.scope, **change)),))
     with pytest.raises(UnsupportedError, match=r"the scope granite: .* builds no model of (GraniteConfig|thinker_config)"):
         convert(job, resume=False, device="cpu", memory=None, console=Console(quiet=True))
 

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from ckptq.compare.behavior import Behavior
     from ckptq.compare.images import Generation, ImageMetrics
     from ckptq.compare.matched import Unmatched
-    from ckptq.compare.policy import Judged, Limit
+    from ckptq.compare.policy import Judged, Limit, Part
     from ckptq.compare.weights import WeightError
     from ckptq.console import Console
     from ckptq.hub import Source
     from ckptq.sections import Calibration
 
+RUNS_SAMPLES = False
+"""Whether `_behavior` does something."""
 NO_ENGINE = "this version runs no samples"
 ONLY_WEIGHTS = "left out by --weights-only"
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
@@ -67,7 +69,7 @@ class Comparison:
     sizes: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[Part, str] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -128,11 +130,14 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
     policy.refuse_unmeasured(asked.limits, skipped)
     opened = [hub.fetch(name, weights=True) for name in (asked.reference, asked.candidate)]
     inventories = [read_inventory(source.root, source.header, strict=False) for source in opened]
+    if inventories[0].pipeline is not None:
+        skipped["behavior"] = "what a pipeline does is seen by its outputs: compare two folders of them"
+        policy.refuse_unmeasured(asked.limits, skipped)
     found = match(inventories[0], inventories[1])
     with console.stage("weights", found.nbytes, "bytes") as advance:
         errors = weights.worst_first(weights.weight_errors(found, advance))
     figures = weights.figures(errors, len(found.unmatched))
-    behavior, more = _behavior(asked, opened, console)
+    behavior, more = (None, {}) if "behavior" in skipped else _behavior(asked, opened, console)
     figures |= more
     return Comparison(
         asked.reference,
@@ -151,8 +156,8 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
 
 
 def _behavior(asked: Asked, opened: list[Source], console: Console) -> tuple[Behavior | None, dict[str, float]]:
-    """What the samples showed, and its figures. The engine takes this place: ckptq.compare.behavior.measure_behavior."""
-    return None, {}
+    """What the samples showed, and its figures."""
+    raise NotImplementedError
 
 
 def _nbytes(inventory: Inventory) -> int:

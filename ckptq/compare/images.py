@@ -117,7 +117,7 @@ class ImageMetrics:
         }
 
 
-def holdsoutput_names(folder: Path) -> bool:
+def holds_outputs(folder: Path) -> bool:
     """Whether it is a folder of outputs and no checkpoint."""
     return folder.is_dir() and not any((folder / name).is_file() for name in _CHECKPOINT) and bool(output_names(folder))
 

@@ -90,12 +90,12 @@ def sums(reference: F64, candidate: F64, spare: F64) -> Sums:
     import numpy as np
 
     with np.errstate(all="ignore"):  # einsum: in a fixed order, and no threads of a BLAS's own
-        products = (np.einsum("i,i", a, b) for a, b in ((reference, reference), (candidate, candidate), (reference, candidate)))
-        squares = tuple(float(value) for value in products)
+        norms = float(np.einsum("i,i", reference, reference)), float(np.einsum("i,i", candidate, candidate))
+        product = float(np.einsum("i,i", reference, candidate))
         np.subtract(candidate, reference, out=spare)
         errors = float(np.einsum("i,i", spare, spare))
         np.abs(spare, out=spare)
-        return Sums(len(reference), *squares, errors, float(spare.sum()), float(spare.max()))
+        return Sums(len(reference), *norms, product, errors, float(spare.sum()), float(spare.max()))
 
 
 def extreme(of: Callable[[Iterable[float]], float], values: Iterable[float]) -> float:

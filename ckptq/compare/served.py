@@ -98,6 +98,8 @@ def _cast(form: Format, scale: float | None) -> Cast | None:
 def _through(scheme: Scheme, whole: float | None, values: torch.Tensor) -> torch.Tensor:
     """Values [..., k] to codes of a scheme and back, each row as a row of a weight."""
     rows = values.reshape(-1, values.shape[-1]).contiguous()
+    if whole is not None:  # servers saturate; torch 2.11's own cast on CUDA makes NaN
+        rows = rows.float().clamp(-448 * whole, 448 * whole)
     desk, numerics = Desk(values.device), find_numerics(scheme)
     codes = torch.empty((len(rows), rows.shape[1] // scheme.packed), dtype=_DTYPES[scheme.codes], device=rows.device)
     scales = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -131,6 +130,7 @@ def _sums(one: Held, two: Held, area: Area, desk: Desk) -> Sums:
 def _error(job: _Job, found: Sums) -> WeightError:
     form = job.ours.spec
     if job.held is None:
-        return WeightError(job.name, form.dtype, "", job.theirs.spec.shape, *itertools.repeat(math.nan, 4), note=job.why)
+        nan = math.nan
+        return WeightError(job.name, form.dtype, "", job.theirs.spec.shape, nan, nan, nan, nan, job.why)
     one, two = job.held
     return WeightError(job.name, form.dtype, two.coding, one.shape, found.cosine, found.relative_l2, found.largest, found.sqnr_db)

@@ -15,7 +15,7 @@ from typing import Any
 from ckptq.checkpoint import Component
 from ckptq.errors import UnsupportedError
 from ckptq.reports import safe_text
-from ckptq.scopes import Scope
+from ckptq.scopes import Scope, at_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def propose(folder: Path, component: Component) -> Proposal:
         explicit_head_dim="head_dim" in text,
         norm_offset=layers.norm_offset(found),
         skipped=around.skipped(found, at, count, text),
+        flat=bool(text_config) and not isinstance(at_path(component.config, text_config), Mapping),
     )
     found.note("source", "whether and how vLLM serves this architecture was not looked at; put its model file here")
     _verify(scope, component)

@@ -234,7 +234,17 @@ _CODE: Mapping[Origin, tuple[str, ...]] = {
     "relabeled": ("tests/corpus/relabeled.py", "tests/corpus/sources.py"),
 }
 # Parts of ckptq that no byte of an output follows from.
-_SPECTATORS = ("validators/", "reports/", "validate.py", "cli.py", "render.py", "console.py", "mistakes.py", "errors.py")
+_SPECTATORS = (
+    "validators/",
+    "reports/",
+    "compare/",
+    "validate.py",
+    "cli.py",
+    "render.py",
+    "console.py",
+    "mistakes.py",
+    "errors.py",
+)
 _PACKAGES: Mapping[Origin, tuple[str, ...]] = {
     "source": ("torch", "safetensors"),
     "tiny": ("torch", "safetensors", "transformers"),

@@ -55,7 +55,7 @@ def label(found: omni.Loaded, good: omni.Loaded, folder: Path, sound: Path) -> R
     evidence = {
         "unwritten": [f"{at}/{n}" for at, c in found.components.items() for n in c.unwritten if n not in _of(good, at).unwritten],
         "missing": sorted({*found.missing} - {*good.missing}),
-        "cast": [*_cast(found, dtypes(folder))],
+        "cast": sorted({*_cast(found, dtypes(folder))} - {*_cast(good, dtypes(sound))}),
         "scales": [name for name, sources in scaled.items() if not _equal(sources, folder, sound)],
         "gone": [f"{at}/{n}" for at, c in good.components.items() for n in c.linears if n not in _of(found, at).linears],
     }

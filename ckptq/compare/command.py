@@ -1,0 +1,167 @@
+"""The command `ckptq compare`: its options, one call, and what is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+
+if TYPE_CHECKING:
+    from ckptq.compare import Comparison
+    from ckptq.compare.images import Generation
+    from ckptq.recipe import Recipe
+    from ckptq.sections import Calibration
+
+Report = Literal["html", "json"]
+_SAMPLES = "Run both models on"
+
+
+def compare(
+    reference: Annotated[
+        str,
+        typer.Argument(metavar="REFERENCE", help="A folder, or a Hub id org/name[@revision]: what to judge by."),
+    ],
+    candidate: Annotated[
+        str, typer.Argument(metavar="CANDIDATE", help="The same: what is judged. Or both are folders of images, or videos' frames.")
+    ],
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Compare tensors alone: run no samples.")] = False,
+    text: Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help=f"{_SAMPLES} these texts; repeatable.")] = None,
+    coco: Annotated[
+        tuple[str, str] | None, typer.Option("--coco", metavar="IMAGES ANNOTATIONS", help=f"{_SAMPLES} images with captions.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", metavar="RECIPE", help=f"{_SAMPLES} its quality.samples or else calibration; its limits count, too."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="How many samples.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Which ones.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", metavar="N", min=8, help="Tokens of a sample, at most.")
+    ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option("--fail-on", metavar="LIMIT", help="Exit code 1 where it holds, e.g. 'kl_mean>0.02'; repeatable."),
+    ] = None,
+    reference_seconds: Annotated[
+        list[float] | None,
+        typer.Option("--reference-seconds", metavar="S", min=0, help="Of outputs: what a run took; repeatable, as the next three."),
+    ] = None,
+    candidate_seconds: Annotated[list[float] | None, typer.Option("--candidate-seconds", metavar="S", min=0)] = None,
+    reference_memory: Annotated[
+        list[float] | None, typer.Option("--reference-peak-memory-mb", metavar="MIB", min=0, help="Of outputs: its device's peak.")
+    ] = None,
+    candidate_memory: Annotated[list[float] | None, typer.Option("--candidate-peak-memory-mb", metavar="MIB", min=0)] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where to compute: auto, cpu, cuda or cuda:N.")
+    ] = "auto",
+    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Limit on that device, e.g. 16GB.")] = None,
+    format: Annotated[
+        Literal["human", "json"], typer.Option("--format", help="human: tables; json: one object on stdout.")
+    ] = "human",
+    report: Annotated[
+        list[str] | None, typer.Option("--report", metavar="FORMAT=FILE", help="Also write html=FILE or json=FILE; repeatable.")
+    ] = None,
+) -> None:
+    """Measure what a candidate costs beside its reference. Exit code 1 where a limit is broken, 2 where it can't be measured."""
+    from ckptq.compare import Asked, policy, render
+    from ckptq.compare import compare as run
+    from ckptq.console import Console
+    from ckptq.recipe import load_recipe
+    from ckptq.sections import size_option
+
+    kept = _destinations(report or ())
+    told = load_recipe(recipe) if recipe else None
+    limits = [*(told.quality.fail_on if told and told.quality else ()), *(fail_on or ())]
+    chosen = {"samples": samples, "seed": seed, "sequence_length": sequence_length}
+    asked = Asked(
+        reference,
+        candidate,
+        tuple(policy.parse_policy(limit) for limit in limits),
+        *_samples(text, coco, told, {key: value for key, value in chosen.items() if value is not None}, weights_only=weights_only),
+        generations=_generations(reference_seconds, reference_memory, candidate_seconds, candidate_memory),
+        device=device,
+        memory=size_option("--memory", memory),
+    )
+    console = Console(format)
+    found = run(asked, console)
+    console.result(render.data(found), lambda: render.show(console, found))
+    for path, kind in kept.items():
+        path.write_text(_written(kind, found), encoding="utf-8")
+    raise typer.Exit(found.exit_code)
+
+
+def _samples(
+    text: list[str] | None,
+    coco: tuple[str, str] | None,
+    recipe: Recipe | None,
+    chosen: dict[str, Any],
+    *,
+    weights_only: bool,
+) -> tuple[Calibration | None, str]:
+    """(what to run both models on, or None; why nothing is). Raises RecipeError for options that do not go together."""
+    from ckptq.compare import NO_ENGINE, ONLY_WEIGHTS, RUNS_SAMPLES
+    from ckptq.errors import RecipeError
+    from ckptq.sections import BuiltinCalibration, CocoCalibration, TextCalibration
+
+    given = {"--text": bool(text), "--coco": coco is not None, "--recipe": recipe is not None}
+    named = [option for option, there in given.items() if there]
+    options = [option for option in (*named, *(f"--{key.replace('_', '-')}" for key in chosen)) if option != "--recipe"]
+    if len(named) > 1:
+        raise RecipeError(f"{' and '.join(named)}: expected one source of samples")
+    if weights_only or not RUNS_SAMPLES:
+        why = ONLY_WEIGHTS if weights_only else NO_ENGINE
+        if options:
+            raise RecipeError(f"{options[0]} is for samples, and they are not run: {why}", hint=f"leave {options[0]} out")
+        return None, why
+    if text:
+        return TextCalibration(source="text", files=text, **chosen), ""
+    if coco is not None:
+        return CocoCalibration(source="coco", images=coco[0], annotations=coco[1], **chosen), ""
+    if recipe is not None:
+        section = recipe.quality.samples if recipe.quality is not None else None
+        return (section or recipe.calibration).model_copy(update=chosen), ""
+    return BuiltinCalibration(source="builtin", **chosen), ""
+
+
+def _generations(*given: list[float] | None) -> tuple[Generation, Generation] | None:
+    """Of reference and candidate; None where nothing was supplied."""
+    from ckptq.compare.images import Generation
+
+    values = [tuple(numbers or ()) for numbers in given]
+    return (Generation(*values[:2]), Generation(*values[2:])) if any(values) else None
+
+
+def _destinations(options: list[str] | tuple[()]) -> dict[Path, Report]:
+    """`--report html=FILE` options as {file: format}. Raises OutputError for another form, or a folder that is not there."""
+    from importlib.util import find_spec
+
+    from ckptq.errors import OutputError
+
+    found: dict[Path, Report] = {}
+    for option in options:
+        kind, _, name = option.partition("=")
+        path = Path(name)
+        if kind not in get_args(Report) or not name:
+            raise OutputError(f"--report {option}: expected FORMAT=FILE with html or json for the format")
+        if kind == "html" and find_spec("ckptq.compare.report") is None:
+            raise OutputError(f"--report {option}: this version writes no HTML", hint="json=FILE holds all of it")
+        if path.is_dir() or not path.parent.is_dir():
+            what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise OutputError(f"--report {option}: can't be written: {what}", hint="make the folder first, and name a file in it")
+        found[path] = "html" if kind == "html" else "json"
+    return found
+
+
+def _written(kind: Report, found: Comparison) -> str:
+    """The report in that format."""
+    if kind == "json":
+        from ckptq.compare import render
+
+        return render.text(found)
+    import importlib
+
+    page: str = importlib.import_module("ckptq.compare.report.html").text(found)
+    return page

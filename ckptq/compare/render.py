@@ -1,0 +1,136 @@
+"""A comparison as data for machines and as tables for people; both from the same values."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from ckptq import __version__
+from ckptq.compare import Comparison
+from ckptq.compare.images import grade
+from ckptq.compare.policy import METRICS
+from ckptq.compare.weights import WeightError, by_coding
+from ckptq.console import Console, size
+from ckptq.reports import safe_text
+from ckptq.reports.json import plain
+
+SCHEMA = 1
+"""Raised when a key changes its meaning or goes: docs/compare.schema.json."""
+_SHOWN = 10
+"""Tensors, outputs and names that people are shown; JSON has them all."""
+
+
+def data(found: Comparison) -> dict[str, Any]:
+    """One object, described by docs/compare.schema.json. Infinities and NaN are texts: "inf", "-inf", "nan"."""
+    body: dict[str, Any] = {
+        "schema": SCHEMA,
+        "tool": {"name": "ckptq", "version": __version__},
+        "reference": found.reference,
+        "candidate": found.candidate,
+        "ok": found.exit_code == 0,
+        "exit_code": found.exit_code,
+        "figures": dict(found.figures),
+        "limits": [{**asdict(j.limit), "limit": str(j.limit), "found": j.found, "broken": j.broken} for j in found.limits],
+        "weights": None if found.weights is None else [asdict(error) for error in found.weights],
+        "unmatched": [asdict(one) for one in found.unmatched],
+        "behavior": None if found.behavior is None else asdict(found.behavior),
+        "images": None if found.images is None else found.images.data(),
+        "sizes": dict(found.sizes),
+        "versions": dict(found.versions),
+        "settings": dict(found.settings),
+        "skipped": dict(found.skipped),
+    }
+    said: dict[str, Any] = plain(body)
+    return said
+
+
+def text(found: Comparison) -> str:
+    """The same as text, plain ASCII."""
+    return json.dumps(data(found), indent=2, allow_nan=False) + "\n"
+
+
+def show(console: Console, found: Comparison) -> None:
+    """For people: what was measured, worst first, the limits, and the verdict."""
+    if found.weights is not None:
+        _show_weights(console, found, found.weights)
+    if found.images is not None:
+        _show_outputs(console, found)
+    measured = [(name, value) for name, value in found.figures.items() if found.weights is None or name not in METRICS["weights"]]
+    meanings = {name: meaning for metrics in METRICS.values() for name, meaning in metrics.items()}
+    if measured:
+        rows = [(name, number(value), grade(name, value), meanings.get(name, "")) for name, value in measured]
+        graded = found.images is not None
+        columns = ("figure", "value", *(("vLLM-Omni's threshold",) if graded else ()), "")
+        console.table("Figures", columns, [r if graded else (*r[:2], r[3]) for r in rows], right=(1,), whole=(0,))
+    if found.weights is not None and "behavior" in found.skipped:
+        console.show(f"behavior was not measured: {found.skipped['behavior']}")
+    for judged in found.limits:
+        console.show(("BROKEN: " if judged.broken else "kept: ") + str(judged))
+    count = sum(judged.broken for judged in found.limits)
+    said = f"FAILED: {count} of {len(found.limits)} limits broken" if count else "OK"
+    said = said if found.limits else "measured; no limit was given: --fail-on 'weight_relative_l2_max>0.05' sets one"
+    console.show(f"{safe_text(found.candidate)} against {safe_text(found.reference)}: {said}")
+
+
+def _show_weights(console: Console, found: Comparison, errors: Sequence[WeightError]) -> None:
+    rows = [
+        (
+            safe_text(e.name),
+            e.coding or e.dtype,
+            *([safe_text(e.note), "", "", ""] if e.note else map(number, (e.cosine, e.relative_l2, e.max_abs, e.sqnr_db))),
+        )
+        for e in errors
+        if e.note or e.relative_l2 != 0
+    ]
+    columns = ("tensor", "stored as", "cosine", "relative L2", "max abs", "SQNR dB")
+    if rows:
+        left = f" ({_SHOWN} of {len(rows)} that differ)" if len(rows) > _SHOWN else ""
+        console.table(f"Worst tensors{left}", columns, rows[:_SHOWN], right=(2, 3, 4, 5))
+    summary = [(form, *_summary(some)) for form, some in by_coding(errors).items()]
+    console.table(
+        "Weights by what the candidate stores",
+        ("stored as", "tensors", "equal", "median relative L2", "worst relative L2"),
+        summary,
+        right=(1, 2, 3, 4),
+    )
+    for line in _unmatched(found):
+        console.show(line)
+    if found.sizes:
+        a, b = found.sizes["reference"], found.sizes["candidate"]
+        console.show(f"weights: {size(a)}, of the candidate {size(b)}" + (f", {b / a:.1%}" if a else ""))
+
+
+def _summary(errors: Sequence[WeightError]) -> tuple[object, ...]:
+    values = [e.relative_l2 for e in errors]
+    odd = any(map(math.isnan, values))
+    return len(values), values.count(0.0), *("nan" if odd else number(v) for v in (median(values), max(values)))
+
+
+def _unmatched(found: Comparison) -> Iterator[str]:
+    for what, count in Counter(one.found for one in found.unmatched).items():
+        names = [safe_text(one.name) for one in found.unmatched if one.found == what]
+        more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+        yield f"{what}: {', '.join(names[:_SHOWN])}{more}"
+
+
+def _show_outputs(console: Console, found: Comparison) -> None:
+    assert found.images is not None
+    outputs = list(found.images.outputs.items())
+    metrics = ("psnr_db", "mae", "cosine_similarity", "relative_l2", "max_abs")
+    rows = [(safe_text(name), frames.num_frames, *_cells(frames.all_frames_metrics, metrics)) for name, frames in outputs[:_SHOWN]]
+    left = f" ({_SHOWN} of {len(outputs)})" if len(outputs) > _SHOWN else ""
+    console.table(f"Outputs, worst first{left}", ("output", "frames", *metrics), rows, right=tuple(range(1, 7)))
+
+
+def _cells(values: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    return [number(values[name]) if name in values else "-" for name in names]
+
+
+def number(value: float) -> str:
+    """Four digits, of what is near 1 six: cosines and agreements."""
+    return f"{value:.6f}" if 0.9 < abs(value) < 1 else f"{value:.4g}"
