@@ -65,7 +65,7 @@ def write_files(
     if job.inventory.pipeline is None:
         (body,) = bodies.values()
     else:
-        files = digest.of_files(journal.model, digest.recorded(job.kept))  # the check of the record proves the copies by them
+        files = digest.of_files(job.source.root, digest.recorded(job.kept))  # the check of the record proves the copies by them
         body = {"components": bodies, "digests": {"tensors": {}, "files": files}}
     write_text(journal.model / RECORD, json.dumps({"job": record, **body}, indent=1) + "\n")
     sync_folder(journal.model)
