@@ -12,7 +12,7 @@ from ckptq import cost, hub, reuse, routing, validate
 from ckptq.calibration import load_samples
 from ckptq.checkpoint import INDEX, PIPELINE
 from ckptq.console import Console
-from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError
+from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError, UnsupportedError
 from ckptq.exporters import find_exporter
 from ckptq.job import job_record
 from ckptq.journal import RECORD, Journal
@@ -76,8 +76,8 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     cost.check_space(output, job.output_bytes - journal.written_bytes())
     device = resolve_device(device)
     job, waiting = _fit(job, memory, device) if job.calibrates and job.cost.samples else (job, 0)
-    if job.recipe.model is not None and job.source.label is not None:  # all that is cheap to check has been checked
-        job = dataclasses.replace(job, source=hub.fetch(job.recipe.model, weights=True))
+    if job.source.label is not None:  # all that is cheap to check has been checked; the label pins the commit that was planned
+        job = dataclasses.replace(job, source=hub.fetch(job.source.label, weights=True))
     record = job_record(job, samples, device)
     if job.reused is not None:
         reuse.refuse_other_source(job.reused, record)
@@ -85,7 +85,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         try:
             findings = None if journal.publishing else produce(job, samples, journal, record, waiting, console, memory)
             journal.publish(LAST)
-        except (CalibrationError, DataError, SourceError):
+        except (CalibrationError, DataError, RecipeError, SourceError, UnsupportedError):
             journal.forget_start()  # the input is at fault: mended, it is another job
             raise
         finally:

@@ -34,6 +34,7 @@ from ckptq.safetensors_header import header_length, parse_header
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?")
 # An index must come along, and nothing in a pattern says where it lies; other indexes are small.
 _NOT_AT_FIRST = [p for pattern in WEIGHT_COPIES if pattern != "*.safetensors.index.json" for p in (pattern, f"*/{pattern}")]
+_PICKLED = ("diffusion_pytorch_model", "pytorch_model")
 _FIRST_BYTES = 1 << 17
 """Of a weight file, asked for at once: most headers are shorter."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -106,8 +107,21 @@ def _weight_files(root: Path, repo: str) -> list[str]:
         if indexed is not None:
             found += [f"{name}/{file}" for file in sorted(set(indexed.values()))]
         else:
-            found += [file for stem in STEMS if _is_there(repo, root, file := f"{name}/{stem}.safetensors")][:1]
+            single = [file for stem in STEMS if _is_there(repo, root, file := f"{name}/{stem}.safetensors")][:1]
+            if not single and (root / name / "config.json").is_file():
+                _refuse_pickled(repo, root, name)
+            found += single
     return found
+
+
+def _refuse_pickled(repo: str, root: Path, name: str) -> None:
+    """Raises SourceError for a component whose weights are no safetensors: it stays, so it belongs in the output, and isn't fetched."""
+    for file in (f"{name}/{stem}.bin{index}" for stem in _PICKLED for index in ("", ".index.json")):
+        if _is_there(repo, root, file):
+            raise SourceError(
+                f"{repo}@{root.name}: {file}: of the Hub's weights ckptq fetches safetensors only",
+                hint=f"fetch all of it with `hf download {repo} --local-dir FOLDER`, and give the folder",
+            )
 
 
 def _is_there(repo: str, root: Path, file: str) -> bool:

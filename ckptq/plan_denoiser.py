@@ -70,6 +70,11 @@ def build_denoiser_plan(
             f"{_named(component)}: vLLM-Omni has no {other[0]} in the format {form} for {denoiser.name}; it has {known}",
             hint="choose another scheme, or another export.format",
         )
+    if len(schemes := dict.fromkeys(g.scheme.name for g in groups)) > 1:
+        raise RecipeError(
+            f"{_named(component)}: schemes {', '.join(schemes)}: vLLM-Omni builds all linears of a denoiser in one",
+            hint="give all of them one scheme, or keep some",
+        )
     quantized_names = {module for group in groups for module in group.modules}
     kept = tuple(f.runtime for f in blocks.linears if not quantized_names & set(f.modules))
     if exporter.PATTERNS:

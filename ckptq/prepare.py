@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq import cost, hub, quantized, reuse, validate
-from ckptq.checkpoint import Component, Inventory, read_inventory
+from ckptq.checkpoint import Component, Inventory, SourceTensor, component_names, read_inventory
 from ckptq.cost import Cost
 from ckptq.denoise_cost import Reads, reads, refuse_unrunnable
 from ckptq.errors import RecipeError, UnsupportedError
@@ -27,6 +27,8 @@ from ckptq.sections import PromptCalibration, Treatment
 from ckptq.spelled import choose_scope
 from ckptq.unstack import unstack
 from ckptq.validators import Finding, Stored, omni
+from ckptq.validators.grouping import group
+from ckptq.validators.omni import pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class Prepared:
         """A pipeline's files that are copied as they are, relative to the root: those of its other components, and of none."""
         converted = {part.folder for part in self.parts}
         others = (component for component in self.inventory.components if component.folder not in converted)
-        return (*self.inventory.files, *(file for component in others for file in _files(component)))
+        return (*self.inventory.files, *(file for component in others for file in files_of(component)))
 
     @property
     def output_bytes(self) -> int:
@@ -121,7 +123,7 @@ def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
         findings = validate.validate_plan(plan, scope)
     else:
         parts = plan_parts(recipe, inventory)
-        findings = [finding for part in parts for finding in _findings(part, inventory)]
+        findings = _findings(_planned(inventory, parts))
     reused = reuse.read_amax(amax) if amax is not None else None
     if reused is not None:
         reuse.refuse_missing(reused, parts)
@@ -157,6 +159,8 @@ def _refuse_other_kind(recipe: Recipe, inventory: Inventory) -> None:
                 f"components: {inventory.root} is no pipeline: it has no model_index.json",
                 hint="write `quantize:` with rules for a plain model, or give the pipeline's folder",
             )
+        if (denoiser := find_denoiser(inventory.main.config, None)) is not None:
+            _refuse_settings(denoiser.name, kv_cache=recipe.kv_cache, scope=recipe.scope)
         return
     name, folders = inventory.pipeline["_class_name"], [c.folder for c in inventory.components]
     if not recipe.components:
@@ -165,7 +169,7 @@ def _refuse_other_kind(recipe: Recipe, inventory: Inventory) -> None:
             hint=f"write `components:` with what becomes of {', '.join(folders)}; `ckptq recipes` lists recipes for pipelines",
         )
     for component, treatment in recipe.components.items():
-        known = [n for n in inventory.pipeline if not n.startswith("_")]
+        known = component_names(inventory.pipeline)
         if component not in known:
             raise RecipeError(
                 f"components.{component}: {name} has no such component{close(component, known, near_only=True)}",
@@ -176,9 +180,12 @@ def _refuse_other_kind(recipe: Recipe, inventory: Inventory) -> None:
             raise RecipeError(
                 f"components.{component}: it has no weights in safetensors", hint=f"those that have: {', '.join(folders)}"
             )
-    for setting, value in (("kv_cache", recipe.kv_cache), ("scope", recipe.scope), ("keep", recipe.keep)):
-        if value:
-            raise RecipeError(f"{setting}: belongs to a plain language model; the source is a pipeline, {name}")
+    _refuse_settings(f"a pipeline, {name}", kv_cache=recipe.kv_cache, scope=recipe.scope, keep=recipe.keep)
+
+
+def _refuse_settings(what: str, **settings: object) -> None:
+    if given := next((setting for setting, value in settings.items() if value), None):
+        raise RecipeError(f"{given}: belongs to a plain language model; the source is {what}")
 
 
 def _dense(recipe: Recipe, inventory: Inventory) -> Inventory:
@@ -186,6 +193,11 @@ def _dense(recipe: Recipe, inventory: Inventory) -> Inventory:
     if inventory.pipeline is None:
         return quantized.dense(inventory)
     converted = {name for name, treatment in recipe.components.items() if treatment.action != "keep"}
+    if not any(quantized.describe(c) for c in inventory.components if c.folder in converted):
+        raise RecipeError(
+            "--from-fp8: no component that the recipe converts is quantized, so there is nothing to dequantize",
+            hint="leave --from-fp8 out",
+        )
     one = (dataclasses.replace(inventory, components=(c,)) for c in inventory.components)
     components = (quantized.dense(i).main if i.main.folder in converted and quantized.describe(i.main) else i.main for i in one)
     return dataclasses.replace(inventory, components=tuple(components))
@@ -215,12 +227,12 @@ def _parts(recipe: Recipe, inventory: Inventory) -> Iterator[Part]:
 
 
 def _denoiser(recipe: Recipe, treatment: Treatment, inventory: Inventory, component: Component) -> Part:
-    pipeline = inventory.pipeline["_class_name"] if inventory.pipeline else None
-    denoiser = find_denoiser(component.config, pipeline)
+    name = inventory.pipeline["_class_name"] if inventory.pipeline else None
+    denoiser = find_denoiser(component.config, name)
     if denoiser is None or component.folder not in denoiser.folders:
         said = component.config.get("architectures") or [component.config.get("_class_name") or component.folder]
         raise UnsupportedError(
-            f"components.{component.folder}: no server is known that takes a quantized {said[0]} in {pipeline}",
+            f"components.{component.folder}: no server is known that takes a quantized {said[0]} in {name}",
             hint=f"write `{component.folder}: keep`, or `fp8-storage` for files that a loader turns back to BF16",
         )
     seen = written_component(component, denoiser, recipe.export.format)
@@ -228,15 +240,32 @@ def _denoiser(recipe: Recipe, treatment: Treatment, inventory: Inventory, compon
     return Part(seen, denoiser, build_denoiser_plan(recipe, treatment, inventory, seen, denoiser, exporter))
 
 
-def _findings(part: Part, inventory: Inventory) -> list[Finding]:
-    if not isinstance(part.scope, Denoiser):
-        return []
-    pipeline = inventory.pipeline["_class_name"] if inventory.pipeline else None
-    stored = Stored(json.loads(part.plan.files["config.json"]), None, part.plan.tensors)
-    return omni.check_component(part.folder, stored, part.scope, pipeline)
+def _planned(inventory: Inventory, parts: Sequence[Part]) -> Inventory:
+    """The output as its headers will describe it."""
+    written = {part.folder: _written(part) for part in parts}
+    components = tuple(written.get(component.folder, component) for component in inventory.components)
+    return dataclasses.replace(inventory, components=components, left_out=())
 
 
-def _files(component: Component) -> Iterator[str]:
+def _written(part: Part) -> Component:
+    config, plan = part.plan.files["config.json"], part.plan
+    tensors = {name: SourceTensor(spec, "", 0) for name, spec in plan.tensors.items()}
+    told = {"config_text": config, "config": json.loads(config), "tensors": tensors}
+    return dataclasses.replace(part.component, **told, sidecars=plan.sidecars, left_out=())
+
+
+def _findings(planned: Inventory) -> list[Finding]:
+    """What the server would find wrong with the output, and one component's configuration do to another, as far as headers tell."""
+    found = [f for f in omni.check_pipeline(planned) if f.code != "layout.omni-storage"]  # that was asked for
+    for folder, denoiser in pipeline.denoisers_of(planned).items():
+        component = planned.component(folder)
+        config = {**component.config, "quantization_config": pipeline.section_in_force(planned, folder)}
+        specs = {name: tensor.spec for name, tensor in component.tensors.items()}
+        found += omni.examine(folder, Stored(config, None, specs), denoiser)[0]
+    return group(found)
+
+
+def files_of(component: Component) -> Iterator[str]:
     """Everything in a component's folder: it stays byte for byte."""
     own = (*component.weight_files, *([component.index] if component.indexed else []), "config.json")
     for name in (*own, *component.sidecars, *component.left_out):

@@ -19,9 +19,9 @@ from ckptq.assemble import sealed
 from ckptq.checkpoint import PIPELINE, Component, Inventory, Reader, fingerprint, read_inventory
 from ckptq.console import Console, size
 from ckptq.errors import DataError, RecipeError, SourceError
-from ckptq.folder import walk
 from ckptq.journal import Journal
 from ckptq.plan import Copy, Plan
+from ckptq.prepare import files_of
 from ckptq.scopes import all_scopes
 from ckptq.shards import fill_files, index_text
 from ckptq.writer import copy_file, sync_folder, write_text
@@ -53,7 +53,13 @@ class Restoration:
 
     @property
     def nbytes(self) -> int:
+        """Of the weights that are written."""
         return sum(plan.nbytes for plan in self.plans.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """What the output takes, without small files."""
+        return self.nbytes + sum(c.stored_bytes for c in self.inventory.components if c.folder not in self.plans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,7 @@ def prepare(checkpoint: str, shard_size: int = SHARD_SIZE) -> Restoration:
         raise RecipeError(f"{checkpoint}: is not quantized, so there is nothing to restore", hint="use it as it is")
     inventory = quantized.dense(stored)
     plans = {c.folder: plan_restore(c, shard_size) for c in inventory.components if c.dequantized}
-    kept = (c.folder for c in inventory.components if not c.dequantized)
-    files = (f"{folder}/{name}" for folder in kept for name, hidden in walk(source.root / folder) if not hidden)
+    files = (name for c in inventory.components if not c.dequantized for name in files_of(c))
     notes = tuple(_notes(inventory))
     return Restoration(checkpoint, source, inventory, MappingProxyType(plans), (*files, *inventory.files), notes)
 
@@ -120,9 +125,9 @@ def restore(job: Restoration, output: Path, console: Console, *, resume: bool = 
     journal.refuse_existing(resume=resume)
     for note in job.notes:
         console.note(note)
-    cost.check_space(output, job.nbytes - journal.written_bytes())
+    cost.check_space(output, job.output_bytes - journal.written_bytes())
     if job.source.label is not None:
-        job = dataclasses.replace(job, source=hub.fetch(job.label, weights=True))
+        job = dataclasses.replace(job, source=hub.fetch(job.source.label, weights=True))  # it pins the commit that was planned
     if journal.open(_record(job), resume=resume):
         try:
             if not journal.publishing:
@@ -137,7 +142,7 @@ def restore(job: Restoration, output: Path, console: Console, *, resume: bool = 
         output=output,
         weights={c.folder: _weights(c) for c in job.components},
         source_bytes=sum(c.stored_bytes for c in job.inventory.components),
-        output_bytes=job.nbytes + sum(c.stored_bytes for c in job.inventory.components if c.folder not in job.plans),
+        output_bytes=job.output_bytes,
         seconds=dict(console.seconds),
         peak_rss=cost.peak_rss(),
     )
@@ -209,7 +214,7 @@ def plan_data(job: Restoration) -> dict[str, Any]:
         for c in job.components
     }
     kept = [c.folder for c in job.inventory.components if c.folder not in job.plans]
-    return {"restored": parts, "kept": kept, "copied": list(job.copied), "notes": list(job.notes), "output_bytes": job.nbytes}
+    return {"restored": parts, "kept": kept, "copied": list(job.copied), "notes": list(job.notes), "output_bytes": job.output_bytes}
 
 
 def show_plan(console: Console, job: Restoration) -> None:

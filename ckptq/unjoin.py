@@ -54,7 +54,7 @@ def _parts(tensor: SourceTensor, names: tuple[str, ...]) -> Iterator[SourceTenso
         stored, scale = tensor.codes.stored, tensor.codes.scale
         size = high * columns * DTYPE_BYTES[stored.spec.dtype]
         codes = SourceTensor(TensorSpec(name, stored.spec.dtype, spec.shape), stored.file, stored.offset + i * size)
-        if scale.spec.numel == rows:  # one for each
+        if scale.spec.numel == rows and tensor.codes.high == 1:  # one for each
             called = TensorSpec(f"{name}_scale", scale.spec.dtype, (high,))
             scale = SourceTensor(called, scale.file, scale.offset + i * called.nbytes)
         elif scale.spec.numel != 1:

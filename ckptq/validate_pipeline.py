@@ -52,10 +52,12 @@ def examine_pipeline(
             for component in inventory.components:
                 findings += _values(inventory, component, built.get(component.folder), advance, digests[component.folder])
     findings += odd
-    if written:
+    if recorded:
         with stages.run("record", count, "tensors") as advance:
-            findings += _record(written, inventory, digests if values else None)
+            findings += _record(written, inventory, digests)
             advance(count)
+    else:
+        findings += _record(written, inventory, None)
     if source is not None and passthrough:
         with stages.run("passthrough", nbytes, "bytes") as advance:
             proved = copied if copied is None else [name for name in copied if _proved(name, written, digests)]

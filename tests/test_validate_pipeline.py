@@ -1,27 +1,34 @@
 """Pipelines judged by what is in them: values, the record, the source, other components, and what is no diffusion pipeline."""
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from corpus import derived, edit
-from corpus.mutants import mutants
+from corpus import edit
+from families import families
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omni_mutants import config, kept, listed, make_base, plus, setting, within
 from pipelines import pipelines
 
 from ckptq.cli import main
-from ckptq.errors import UnsupportedError
+from ckptq.console import Console
+from ckptq.convert import convert, prepare
+from ckptq.errors import CkptqError, UnsupportedError
+from ckptq.recipe import load_recipe
 from ckptq.scopes.denoisers import all_denoisers, find_denoiser
 from ckptq.validate import examine
 from ckptq.validators.omni.parameters import parameters
 
 Edit = Callable[[Path], object]
 OUT = "transformer_blocks.0.attn.to_out.0"
-ENCODER = "model.safetensors"
+CONFIGS = ("config.json", "model_index.json", "ckptq.json")
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +232,16 @@ def test_the_command_line_says_whose_rules_it_went_by(
 
 def test_a_talker_counts_where_vllm_omni_is_to_serve_it(tmp_path: Path) -> None:
     """A Qwen2.5-Omni whose list lacks `talker*`: vLLM passes the talker over, vLLM-Omni casts it to codes."""
-    mutant = next(m for m in mutants() if m.name == "omni/tower not excluded/near talker")
-    mutant.edit(derived.make(mutant.base, tmp_path / "out"))
+    families()["qwen2_5_omni"].make(tmp_path / "source")
+    recipe = load_recipe("qwen25omni-fp8-dynamic", model=str(tmp_path / "source"), output=str(tmp_path / "out"))
+    convert(prepare(recipe), resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    for name, key in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        edit.edit_json(
+            tmp_path / "out" / name,
+            lambda said, key=key: said[key].update(
+                {k: [e for e in said[key][k] if "talker" not in e] for k in ("ignore", "exclude_modules") if k in said[key]}
+            ),
+        )
     found_by_vllm, found_by_omni = (found(tmp_path / "out", values=False, target=t) for t in ("vllm", "vllm-omni"))
     assert ("warning", "layout.draft-not-excluded") in found_by_vllm
     assert ("error", "layout.omni-talker") in found_by_omni
@@ -236,3 +251,57 @@ def test_headers_alone_are_enough_for_the_layout(goods: Callable[[str], tuple[Pa
     folder = Path(shutil.copytree(goods("z-native")[0], tmp_path / "out"))
     within(edit.drop("layers.0.feed_forward.w2.weight_scale"))(folder)
     assert ("error", "layout.omni-missing-scale") in found(folder, values=False)
+
+
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        3,
+        10**30,
+        float("inf"),
+        "",
+        "fp8",
+        "modelopt",
+        [],
+        [[]],
+        [None],
+        ["*"],
+        {},
+        {"quant_algo": "FP8"},
+        [{"a": []}],
+    ]
+)
+
+
+@given(data=st.data(), base=st.sampled_from(["qwen", "z-native", "wan", "hunyuan"]))
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_configs_say_there_is_a_verdict_or_a_refusal(
+    goods: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, base: str
+) -> None:
+    folder = tmp_path_factory.mktemp("odd") / "out"
+    shutil.copytree(goods(base)[0], folder, copy_function=os.link)
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.json") if p.name in CONFIGS)
+    path = folder / data.draw(st.sampled_from(files))
+    config = json.loads(path.read_text())
+    at = data.draw(st.sampled_from([*_places(config)]))
+    value: Any = config
+    for key in at[:-1]:
+        value = value[key]
+    if data.draw(st.booleans()):
+        del value[at[-1]]
+    else:
+        value[at[-1]] = data.draw(ODD)
+    path.unlink()  # it is a link to the good one's
+    path.write_text(json.dumps(config))
+    with contextlib.suppress(CkptqError):
+        examine(folder, values=False)
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of everything in a parsed JSON file, of long lists the beginning."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
+    for key, below in inside:
+        yield (*at, key)
+        yield from _places(below, (*at, key))

@@ -92,9 +92,10 @@ def _words(coding: Coding) -> str:
         return "MXFP4 dual scale"
     if coding.group is not None:
         return "NVFP4" if coding.group == NVFP4_COLUMNS else f"MX{number.name}"
-    if grid.wide == grid.columns:
-        return f"{number.name} {'tensor' if grid.high == grid.rows else 'channel'}"
-    return f"{number.name} block"
+    if (grid.high, grid.wide) == (grid.rows, grid.columns):
+        return f"{number.name} tensor"
+    by_channel = grid.wide == grid.columns and (grid.high == 1 or len(coding.codes.spec.shape) > 2)
+    return f"{number.name} {'channel' if by_channel else 'block'}"
 
 
 def areas(columns: int, rows: range) -> Iterator[Area]:

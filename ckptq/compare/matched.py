@@ -122,7 +122,7 @@ def _names(inventory: Inventory, folder: str, scope: Scope | None, denoiser: Den
     written = _renamed(record.body(inventory.root), folder if inventory.pipeline is not None else None)
 
     def name(stored: str) -> str:
-        called = stored.removesuffix("_packed") if stored.endswith(".weight_packed") else stored
+        called = _weight(stored)
         called = written.get(called, written.get(stored, called))
         if scope is not None:
             return scope.canonical(called)
@@ -152,10 +152,15 @@ def _pairs(
     theirs = {called(name): tensor for name, tensor in reference[1].tensors.items() if _counts(name)}
     ours = {ours_called(name): tensor for name, tensor in candidate[1].tensors.items() if _counts(name)}
     folder = f"{reference[1].folder}/" if reference[1].folder else ""
-    pairs = {f"{folder}{tensor.spec.name}": (tensor, ours[name]) for name, tensor in theirs.items() if name in ours}
+    pairs = {f"{folder}{_weight(tensor.spec.name)}": (tensor, ours[name]) for name, tensor in theirs.items() if name in ours}
     odd = [Unmatched(f"{folder}{printable(t.spec.name)}", _ALONE[0]) for name, t in theirs.items() if name not in ours]
     odd += [Unmatched(f"{folder}{printable(t.spec.name)}", _ALONE[1]) for name, t in ours.items() if name not in theirs]
     return Part(reference, candidate, pairs), odd
+
+
+def _weight(stored: str) -> str:
+    """A weight's name by that of its codes: compressed-tensors calls packed ones `weight_packed`."""
+    return stored.removesuffix("_packed") if stored.endswith(".weight_packed") else stored
 
 
 def _counts(name: str) -> bool:

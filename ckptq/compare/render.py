@@ -79,13 +79,9 @@ def show(console: Console, found: Comparison) -> None:
 
 def _show_weights(console: Console, found: Comparison, errors: Sequence[WeightError]) -> None:
     rows = [
-        (
-            safe_text(e.name),
-            e.coding or e.dtype,
-            *([safe_text(e.note), "", "", ""] if e.note else map(number, (e.cosine, e.relative_l2, e.max_abs, e.sqnr_db))),
-        )
+        (safe_text(e.name), e.coding or e.dtype, *map(number, (e.cosine, e.relative_l2, e.max_abs, e.sqnr_db)))
         for e in errors
-        if e.note or e.relative_l2 != 0
+        if e.relative_l2 != 0 and not e.note
     ]
     columns = ("tensor", "stored as", "cosine", "relative L2", "max abs", "SQNR dB")
     if rows:
@@ -98,7 +94,7 @@ def _show_weights(console: Console, found: Comparison, errors: Sequence[WeightEr
         summary,
         right=(1, 2, 3, 4),
     )
-    for line in _unmatched(found):
+    for line in (*_notes(errors), *_unmatched(found)):
         console.show(line)
     if found.sizes:
         a, b = found.sizes["reference"], found.sizes["candidate"]
@@ -109,6 +105,13 @@ def _summary(errors: Sequence[WeightError]) -> tuple[object, ...]:
     values = [e.relative_l2 for e in errors]
     odd = any(map(math.isnan, values))
     return len(values), values.count(0.0), *("nan" if odd else number(v) for v in (median(values), max(values)))
+
+
+def _notes(errors: Sequence[WeightError]) -> Iterator[str]:
+    odd = [e for e in errors if e.note]
+    yield from (f"can't be compared: {safe_text(e.name)}: {safe_text(e.note)}" for e in odd[:_SHOWN])
+    if len(odd) > _SHOWN:
+        yield f"and {len(odd) - _SHOWN} more can't be compared"
 
 
 def _unmatched(found: Comparison) -> Iterator[str]:

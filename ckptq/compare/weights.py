@@ -71,7 +71,12 @@ def weight_errors(matched: Matched, advance: Callable[[int], None] = lambda _: N
 
 def worst_first(errors: Iterable[WeightError]) -> list[WeightError]:
     """By relative L2; what can't be told, or is NaN, before all else."""
-    return sorted(errors, key=lambda e: (not math.isnan(e.relative_l2), -e.relative_l2, e.cosine, e.name))
+
+    def order(error: WeightError) -> tuple[bool, float, float, str]:
+        told = not math.isnan(error.relative_l2 + error.cosine)
+        return told, -error.relative_l2 if told else 0.0, error.cosine if told else 0.0, error.name
+
+    return sorted(errors, key=order)
 
 
 def figures(errors: Sequence[WeightError], unmatched: int) -> dict[str, float]:

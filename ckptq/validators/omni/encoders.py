@@ -47,7 +47,8 @@ def check(
         exact = f"its {len(encoder.names(config))} linears by their exact names"
         add = " and ".join(encoder.patterns) if section.method == "modelopt" else exact
         yield error(
-            "layout.omni-encoder", f"{encoder.folder}/{name.removeprefix(f'{encoder.folder}.')}", f"{section.key} holds the text encoder's linears, which are stored unquantized",
+            "layout.omni-encoder", f"{encoder.folder}/{name.removeprefix(f'{encoder.folder}.')}",
+            f"{section.key} holds the text encoder's linears, which are stored unquantized",
             f"not this one{'' if weights else ', which is tied to the embeddings'}",
             "vLLM-Omni builds the text encoder with the transformer's configuration and casts its weights to codes without a "
             "scale, silently: what the prompt says is lost",

@@ -130,7 +130,7 @@ def _scale(names: Sequence[str], scales: Scales, matrix: tuple[int, int] | None,
     how = f"under {_last(other)}" if other else "the fused linear's weight and scales under the server's name"
     yield error(
         "layout.omni-dropped-scale", f"{under}.{scales.kind}", "a name that the server's adapter can map: its weight arrives, the "
-        "scale does not", "the source's name", f"{_PLACEHOLDER}: the adapter drops it",
+        "scale does not", "the source's name", f"the adapter drops it. {_PLACEHOLDER}",
         f"store {how}, which plain diffusers no longer loads; or keep it unquantized; or write quant_method fp8, which has no "
         "adapter",
     )  # fmt: skip

@@ -1,0 +1,277 @@
+"""`ckptq compare` as a user meets it: what goes to which stream, both formats, limits and exit codes; a recipe's `quality`."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from make_coded import make_coded
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ckptq.cli import main
+from ckptq.compare import Comparison, images
+from ckptq.compare.policy import METRICS, Limit, broken, judge, parse_policy, refuse_unmeasured
+from ckptq.errors import RecipeError
+from ckptq.recipe import parse_recipe
+from ckptq.reports.json import plain
+
+SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "compare.schema.json").read_text(encoding="utf-8"))
+Run = Callable[..., "Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def compare(capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Runs `ckptq compare` in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str | Path) -> Result:
+        with pytest.raises(SystemExit) as stop:
+            main(["compare", *map(str, arguments)])
+        out, err = capfd.readouterr()
+        assert isinstance(stop.value.code, int)
+        return Result(stop.value.code, out, err)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def coded(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_coded(example_model, tmp_path_factory.mktemp("coded") / "fp8", "demo")
+
+
+@pytest.fixture(scope="module")
+def spoiled(coded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tensor that is gone, a scale that is NaN, and norms of zeros."""
+    import shutil
+
+    folder = shutil.copytree(coded, tmp_path_factory.mktemp("spoiled") / "fp8")
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.0.input_layernorm.weight"]
+    stored["model.layers.1.mlp.up_proj.weight_scale"] = torch.tensor(math.nan)
+    stored["model.norm.weight"].zero_()
+    save_file(stored, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders with one image that is the same and one that is not, and a float array."""
+    tmp = tmp_path_factory.mktemp("outputs")
+    for name, value in (("a", 100), ("b", 110)):
+        (tmp / name).mkdir()
+        for number, pixels in enumerate((50, value)):
+            Image.fromarray(np.full((4, 4, 3), pixels, np.uint8)).save(tmp / name / f"image_{number}.png")
+    return tmp / "a", tmp / "b"
+
+
+def conforms(text: str) -> dict[str, Any]:
+    """The object on stdout, against the schema, in which every key must be described."""
+    said: dict[str, Any] = json.loads(text)
+    closed = json.loads(json.dumps(SCHEMA))
+
+    def close(node: Any) -> None:
+        if isinstance(node, dict):
+            if "properties" in node:
+                node.setdefault("additionalProperties", False)
+            for value in node.values():
+                close(value)
+
+    close(closed)
+    Draft202012Validator(closed).validate(said)
+    return said
+
+
+def test_the_schema_is_one_and_names_every_metric() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    named = SCHEMA["properties"]["figures"]["propertyNames"]["enum"]
+    assert named == [metric for part in METRICS.values() for metric in part]
+
+
+def test_weights(example_model: Path, coded: Path, compare: Run, tmp_path: Path) -> None:
+    done = compare(example_model, coded, "--weights-only", "--report", f"json={tmp_path / 'r.json'}")
+    assert done.code == 0
+    assert "Worst tensors (10 of 42 that differ)" in done.out
+    assert "behavior was not measured: left out by --weights-only" in done.out
+    assert "weights: " in done.err
+    said = conforms((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert (said["ok"], said["images"], said["behavior"], len(said["weights"])) == (True, None, None, 129)
+    assert said["skipped"].keys() == {"images", "behavior"}
+    worst = said["weights"][0]
+    assert worst["relative_l2"] == said["figures"]["weight_relative_l2_max"]
+    assert said["weights"][-1]["sqnr_db"] == "inf"
+    as_json = compare(example_model, coded, "--weights-only", "--format", "json")
+    assert json.loads(as_json.out) == said
+
+
+def test_a_limit_is_broken(example_model: Path, coded: Path, compare: Run) -> None:
+    arguments = (
+        example_model,
+        coded,
+        "--weights-only",
+        "--fail-on",
+        "weight_cosine_min<0.9",
+        "--fail-on",
+        "weight_sqnr_db_min < 32",
+    )
+    done = compare(*arguments)
+    assert done.code == 1
+    assert "kept: weight_cosine_min is 0.99" in done.out
+    (line,) = [line for line in done.out.splitlines() if line.startswith("BROKEN")]
+    assert line.startswith("BROKEN: weight_sqnr_db_min is 31.")
+    assert line.endswith(", beyond the limit weight_sqnr_db_min<32")
+    said = conforms(compare(*arguments, "--format", "json").out)
+    assert (said["exit_code"], said["ok"], [limit["broken"] for limit in said["limits"]]) == (1, False, [False, True])
+
+
+def test_what_can_not_be_compared_breaks_every_limit(example_model: Path, spoiled: Path, compare: Run) -> None:
+    done = compare(example_model, spoiled, "--weights-only", "--fail-on", "weight_cosine_min<0", "--fail-on", "weights_unmatched>0")
+    assert done.code == 1
+    assert done.out.count("BROKEN: ") == 2
+    assert "can't be compared: model.layers.1.mlp.up_proj.weight: candidate: FP8 codes with scales that are not finite" in done.out
+    assert "in the reference alone: model.layers.0.input_layernorm.weight" in done.out
+    said = conforms(compare(example_model, spoiled, "--format", "json").out)
+    assert said["figures"]["weight_cosine_min"] == "nan"
+    assert {"name": "model.layers.0.input_layernorm.weight", "found": "in the reference alone"} in said["unmatched"]
+
+
+def test_images(outputs: tuple[Path, Path], compare: Run) -> None:
+    more = ("--reference-seconds", "2", "--candidate-seconds", "1", "--candidate-seconds", "2", "--fail-on", "psnr_db_min<30")
+    done = compare(*outputs, *more)
+    assert done.code == 1
+    assert done.out.index("image_1.png") < done.out.index("image_0.png"), "worst first"
+    assert "BROKEN: psnr_db_min is 28.1308, beyond the limit psnr_db_min<30" in done.out
+    said = conforms(compare(*outputs, *more, "--format", "json").out)
+    assert said["figures"]["avg_generation_time_ratio_candidate_over_reference"] == 0.75
+    assert said["images"]["output_metrics"] == plain(images.compare_images(*outputs).output_metrics.data())
+    assert said["images"]["outputs"][1]["output_metrics"]["all_frames_metrics"]["psnr_db"] == "inf"
+    assert (said["weights"], said["sizes"]) == (None, {"reference": 2, "candidate": 2})
+
+
+REFUSED = [
+    (("--fail-on", "kl_men>1"), "expected a metric that is measured, found 'kl_men'; did you mean kl_mean"),
+    (("--fail-on", "kl_mean=1"), "expected METRIC, one of > >= < <=, and a number, as in 'kl_mean>0.02', found 'kl_mean=1'"),
+    (("--fail-on", "kl_mean>inf"), "found 'kl_mean>inf'"),
+    (("--weights-only", "--fail-on", "kl_mean>1"), "kl_mean is not measured: left out by --weights-only"),
+    (("--fail-on", "psnr_db<30"), "psnr_db is not measured: these are checkpoints"),
+    (("--weights-only", "--text", "a.txt"), "--text is for samples"),
+    (("--text", "a.txt", "--coco", "images", "captions.json"), "--text and --coco: expected one source of samples"),
+    (("--report", "pdf=x.pdf"), "expected FORMAT=FILE with html or json"),
+    (("--report", "json=no/such/x.json"), "can't be written: there is no folder"),
+    (("--reference-seconds", "1"), "seconds and peak memory are for folders of outputs"),
+    (("--memory", "much"), "--memory: expected a size"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
+def test_refused(options: tuple[str, ...], said: str, example_model: Path, coded: Path, compare: Run) -> None:
+    done = compare(example_model, coded, *options)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_what_can_not_be_read(example_model: Path, outputs: tuple[Path, Path], compare: Run, tmp_path: Path) -> None:
+    for pair, said in (
+        ((example_model, tmp_path), "has no config.json"),
+        ((example_model, tmp_path / "absent"), "no such folder"),
+        ((outputs[0], example_model), "has no config.json"),
+    ):
+        done = compare(*pair)
+        assert (done.code, done.out) == (2, "")
+        assert said in done.err
+    done = compare(*outputs, "--fail-on", "weight_cosine_min<1")
+    assert (done.code, "these are folders of outputs" in done.err) == (2, True)
+
+
+def test_a_recipes_limits_count(example_model: Path, coded: Path, compare: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("quantize: [{modules: '*', scheme: fp8}]\nquality: {fail_on: weight_relative_l2_max>0.001}\n")
+    done = compare(example_model, coded, "--weights-only", "--recipe", recipe)
+    assert (done.code, "BROKEN: weight_relative_l2_max" in done.out) == (1, True)
+
+
+# --- policies ---
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "is_broken"),
+    [
+        ("kl_mean>0.02", 0.02, False), ("kl_mean>=0.02", 0.02, True), ("top1_agreement<0.99", 0.99, False),
+        (" top1_agreement <= 9.9e-1 ", 0.99, True), ("kl_max>1", math.inf, True), ("kl_max>1", math.nan, True),
+        ("weight_sqnr_db_min<20", -math.inf, True), ("weight_sqnr_db_min<20", math.inf, False), ("nll_difference>-1", -2, False),
+    ],
+)  # fmt: skip
+def test_limits(text: str, value: float, is_broken: bool) -> None:
+    limit = parse_policy(text)
+    said = broken([limit], {limit.metric: value})
+    assert bool(said) == is_broken
+    assert all(limit.metric in line and f"is {value:.6g}, beyond the limit {limit}" in line for line in said)
+    assert Comparison("a", "b", limits=judge([limit], {limit.metric: value})).exit_code == is_broken
+
+
+def test_what_was_not_measured_is_never_passed() -> None:
+    with pytest.raises(RecipeError, match="kl_mean was not measured"):
+        broken([Limit("kl_mean", ">", 0)], {"kl_max": 0.0})
+    with pytest.raises(RecipeError, match="kl_mean is not measured: so"):
+        refuse_unmeasured([parse_policy("kl_mean>0")], {"behavior": "so"})
+
+
+GOOD = "quantize: [{modules: '*', scheme: fp8}]\n"
+
+
+def test_quality_in_a_recipe() -> None:
+    recipe = parse_recipe(f"{GOOD}quality: {{fail_on: [kl_mean>0.02], samples: {{source: text, files: a.txt, samples: 4}}}}", "r")
+    assert recipe.quality is not None
+    assert recipe.quality.samples is not None
+    assert (recipe.quality.fail_on, recipe.quality.samples.source, recipe.quality.samples.samples) == (["kl_mean>0.02"], "text", 4)
+    assert parse_recipe(GOOD, "r").quality is None
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("{fail_on: [kl_mean>1, kl_men>1]}", "quality.fail_on.1 (line 2): expected a metric that is measured, found 'kl_men';"),
+        ("{fial_on: []}", "quality.fial_on (line 2): unknown key; did you mean fail_on?"),
+        ("{samples: {source: txt}}", "quality.samples.source (line 2): expected coco, text, media, builtin or prompts"),
+        ("{samples: {}}", "quality.samples.source (line 2): is required"),
+        ("{samples: {source: builtin, fild: x}}", "quality.samples.fild (line 2): unknown key"),
+        ("{samples: {source: builtin, annotations: x}}", "quality.samples.annotations (line 2): unknown key here; it belongs to"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_quality(section: str, said: str) -> None:
+    with pytest.raises(RecipeError) as found:
+        parse_recipe(f"{GOOD}quality: {section}", "r")
+    assert said in str(found.value)
+
+
+CHILD = """\
+import sys
+from ckptq.cli import main
+try:
+    main(["compare", "--help"])
+except SystemExit:
+    print({"torch", "numpy", "PIL", "transformers", "rich"} & {*sys.modules})
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
