@@ -141,6 +141,11 @@ def _read_pipeline(root: Path, header: Callable[[Path], Header], strict: bool) -
     if strict and (absent := [name for name in listed if not (root / name).is_dir()]):
         raise SourceError(f"{PIPELINE} names the component {printable(absent[0])}: no such folder", hint="fetch the pipeline again")
     stems = {name: stem for name in listed if (stem := _stem_of(root / name, header))}
+    if strict and (linked := next((name for name in listed if name not in stems and (root / name).is_symlink()), None)):
+        raise SourceError(
+            f"{printable(linked)}: a link to a folder, whose files would not travel along",
+            hint="put the folder itself there: `cp -rL FOLDER COPY` copies a folder with what its links lead to",
+        )
     if not stems:
         raise SourceError(f"{root}: no component of this pipeline has weights in safetensors", hint=_ONLY)
     components = tuple(_read_component(root, name, header, strict, stem) for name, stem in stems.items())

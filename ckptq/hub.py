@@ -115,7 +115,7 @@ def _weight_files(root: Path, repo: str) -> list[str]:
 
 
 def _refuse_pickled(repo: str, root: Path, name: str) -> None:
-    """Raises SourceError for a component whose weights are no safetensors: it stays, so it belongs in the output, and isn't fetched."""
+    """Raises SourceError for a component with weights that are no safetensors: they belong in the output, and are not fetched."""
     for file in (f"{name}/{stem}.bin{index}" for stem in _PICKLED for index in ("", ".index.json")):
         if _is_there(repo, root, file):
             raise SourceError(

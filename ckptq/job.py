@@ -23,7 +23,8 @@ def job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, A
     """What makes two runs the same job. No time, path or host in it, so that equal runs write equal files."""
     import torch
 
-    versions = {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    packages = PACKAGES if job.reads is None else (*PACKAGES, "diffusers")  # whose pipelines run
+    versions = {"ckptq": __version__, **{name: _version(name) for name in packages}}
     measured = {} if job.reused is None else {"amax": job.reused.origin(job.parts)}
     components = job.inventory.components
     return {
@@ -38,6 +39,13 @@ def job_record(job: Prepared, samples: list[Sample], device: str) -> dict[str, A
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # who needs it says so
+        return "absent"
 
 
 def _joined(digests: Sequence[str]) -> str:

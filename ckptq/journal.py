@@ -129,12 +129,14 @@ class Journal:
         """
         write_text(self._publishing, "")
         files = [p.relative_to(self.model).as_posix() for p in sorted(self.model.rglob("*")) if p.is_file()]
-        for name in [*(f for f in files if f not in last), *(f for f in last if f in files)]:
-            target = self.output / name
-            with writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (self.model / name).replace(target)
-        sync_folder(self.output)
+        for names in ([f for f in files if f not in last], [f for f in last if f in files]):
+            for name in names:
+                target = self.output / name
+                with writing(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    (self.model / name).replace(target)
+            for folder in {self.output / parent for name in names for parent in Path(name).parents}:
+                sync_folder(folder)  # those of components, too: after a loss of power no marker stands before what it speaks for
         self.close()
 
     def close(self) -> None:

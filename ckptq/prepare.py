@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptq import cost, hub, quantized, reuse, validate
-from ckptq.checkpoint import Component, Inventory, SourceTensor, component_names, read_inventory
+from ckptq.checkpoint import Component, Inventory, SourceTensor, component_names, is_weight_copy, read_inventory
 from ckptq.cost import Cost
 from ckptq.denoise_cost import Reads, reads, refuse_unrunnable
 from ckptq.errors import RecipeError, UnsupportedError
@@ -99,8 +99,10 @@ class Prepared:
     def output_bytes(self) -> int:
         """What the output takes, without small files."""
         converted = {part.folder for part in self.parts}
-        kept = sum(c.nbytes for c in self.inventory.components if c.folder not in converted)
-        return kept + sum(part.plan.nbytes for part in self.parts)
+        stay = [c for c in self.inventory.components if c.folder not in converted]
+        copies = (*self.inventory.files, *(f"{c.folder}/{name}" for c in stay for name in c.left_out))  # a VAE's .bin, say
+        beside = sum((self.source.root / name).stat().st_size for name in copies if is_weight_copy(name))
+        return beside + sum(c.stored_bytes for c in stay) + sum(part.plan.nbytes for part in self.parts)
 
 
 def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:

@@ -130,7 +130,11 @@ def _build(folder: Path, component: Component, scope: Scope) -> Any:
     for name in KERNEL_CACHES if scope.experts else ():
         os.environ.setdefault(name, str(KERNELS))
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # what it raises depends on the key that it stumbles over
+            said = str(error).strip().replace("\n", " ")
+            raise SourceError(f"config.json: transformers {transformers.__version__} can't read it: {said:.500}") from error
         config = getattr(config, f"{scope.stage}_config", None) if scope.stage else config
         auto: Any = getattr(transformers, scope.auto_class, None)
         if type(config) not in getattr(auto, "_model_mapping", ()):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,8 +61,6 @@ def coded(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def spoiled(coded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a tensor that is gone, a scale that is NaN, and norms of zeros."""
-    import shutil
-
     folder = shutil.copytree(coded, tmp_path_factory.mktemp("spoiled") / "fp8")
     stored = load_file(folder / "model.safetensors")
     del stored["model.layers.0.input_layernorm.weight"]

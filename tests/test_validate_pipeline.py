@@ -12,6 +12,8 @@ import pytest
 import torch
 from corpus import edit
 from families import families
+from hub_server import HubServer
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omni_mutants import config, kept, listed, make_base, plus, setting, within
@@ -305,3 +307,17 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     for key, below in inside:
         yield (*at, key)
         yield from _places(below, (*at, key))
+
+
+def test_a_pipeline_on_the_hub_is_judged_by_its_headers(
+    goods: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = goods("qwen-native")[0]
+    with HubServer("org/tiny", {"main": good}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        assert command(["validate", "org/tiny", "--no-values"]) == 0
+    assert "24 linears in fp8, dynamic activations" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

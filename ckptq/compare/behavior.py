@@ -284,7 +284,9 @@ def gap(error: float, reference: float, candidate: float, product: float) -> Gap
     relative = math.sqrt(error / reference) if reference else (math.inf if error else 0.0)
     norms = math.sqrt(reference * candidate)
     cosine = max(-1.0, min(1.0, product / norms)) if norms else float(reference == candidate)
-    return Gap(relative, cosine, -20 * math.log10(relative) if 0 < relative < math.inf else math.copysign(math.inf, -relative))
+    if relative in (0, math.inf):
+        return Gap(relative, cosine, -math.inf if relative else math.inf)
+    return Gap(relative, cosine, -20 * math.log10(relative))
 
 
 def _sample(number: int, distances: Distances, inputs: _Samples) -> SampleGap:

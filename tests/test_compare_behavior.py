@@ -1,0 +1,171 @@
+"""compare: two checkpoints in lock-step. Against transformers' own forward, and with faults planted that the figures must show."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from corpus.edit import Edit, alter, swap, times
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptq.calibration import Sample
+from ckptq.calibration.encode import Encoder
+from ckptq.compare.behavior import Behavior, gap, measure_behavior
+from ckptq.compare.head import Head, compare_heads
+from ckptq.compare.spans import judged
+from ckptq.console import Console
+from ckptq.convert import convert
+from ckptq.errors import RecipeError
+from ckptq.prepare import prepare
+from ckptq.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "examples" / "tiny-qwen2.5-vl"
+SCENES = ROOT / "examples" / "scenes"
+
+
+def scenes(count: int) -> list[Sample]:
+    data = json.loads((SCENES / "annotations/captions_eval.json").read_text())
+    files = {image["id"]: image["file_name"] for image in data["images"]}
+    rows = [(files[a["image_id"]], a["caption"]) for a in data["annotations"][:count]]
+    return [Sample(name, caption, "Describe the image.", SCENES / "eval" / name) for name, caption in rows]
+
+
+TEXT = (ROOT / "tests/data/heldout.txt").read_text()
+SAMPLES = [Sample(f"text {i}", TEXT[i * 400 : (i + 1) * 400]) for i in range(4)] + scenes(3)
+
+
+def measure(candidate: Path, samples: list[Sample] = SAMPLES, reference: Path = SOURCE, memory: int = 10**9) -> Behavior:
+    return measure_behavior(
+        reference,
+        candidate,
+        samples,
+        sequence_length=512,
+        max_pixels=None,
+        device=torch.device("cpu"),
+        memory=memory,
+        console=Console(quiet=True),
+    )
+
+
+def mean(values: tuple[float, ...]) -> float:
+    return math.fsum(values) / len(values)
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fp8") / "out"
+    calibration = (
+        f"calibration={{source: coco, images: {SCENES}/calib, annotations: {SCENES}/annotations/captions_calib.json, samples: 16}}"
+    )
+    recipe = load_recipe("qwen25vl-lm-fp8", [calibration], model=str(SOURCE), output=str(out))
+    convert(prepare(recipe), resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def good(fp8: Path) -> Behavior:
+    return measure(fp8)
+
+
+def test_a_checkpoint_beside_itself_has_no_error() -> None:
+    found = measure(SOURCE)
+    assert max(found.kl) == 0
+    assert all(found.same_top)
+    assert found.nll_reference == found.nll_candidate
+    assert all(layer.hidden.relative_l2 == 0 for layer in found.layers)
+
+
+def test_losses_are_those_of_the_resident_model(good: Behavior) -> None:
+    """The reference's, of transformers' own forward with its own head, on the judged tokens."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(SOURCE, dtype=torch.bfloat16)
+    encoder = Encoder(SOURCE, None, 512)
+    with torch.inference_mode():
+        for sample, found in zip(SAMPLES, good.samples, strict=True):
+            inputs = encoder.encode(sample)
+            span = judged(sample, inputs, encoder.tokens)
+            scored = torch.log_softmax(model(**inputs, use_cache=False).logits[0].float(), -1)
+            wanted = [-float(scored[at - 1, inputs["input_ids"][0, at]]) for at in span]
+            assert found.tokens == len(span)
+            assert found.nll_reference == pytest.approx(math.fsum(wanted) / len(wanted), rel=1e-3, abs=1e-5)
+
+
+def test_an_answer_is_judged_and_its_prompt_is_not() -> None:
+    encoder = Encoder(SOURCE, None, 512)
+    sample = scenes(1)[0]
+    inputs = encoder.encode(sample)
+    span = judged(sample, inputs, encoder.tokens)
+    told = encoder.text(inputs["input_ids"][0, span.start : span.stop].tolist())
+    assert told == f"{sample.text}<|im_end|>"
+
+
+def test_waves_change_nothing(fp8: Path, good: Behavior) -> None:
+    assert measure(fp8, memory=1) == good
+
+
+CLEAR = {
+    "a transposed weight": alter(lambda t: t.t().contiguous(), "model.layers.2.self_attn.o_proj.weight"),
+    "a reciprocal scale": alter(lambda t: 1 / t, "model.layers.2.self_attn.o_proj.weight_scale"),
+    "one layer's scales doubled": alter(times(2), "model.layers.2.*.weight_scale"),
+    "K's and V's scales swapped": swap("k_proj.k_scale", "v_proj.v_scale", "*.k_scale"),
+}
+
+
+@pytest.mark.parametrize("fault", CLEAR)
+def test_planted_faults_show(fault: str, fp8: Path, good: Behavior, tmp_path: Path) -> None:
+    """In the KL, and those of one layer in the first layer whose error leaps."""
+    change: Edit = CLEAR[fault]
+    shutil.copytree(fp8, folder := tmp_path / "faulty")
+    change(folder)
+    found = measure(folder)
+    assert mean(found.kl) > 1.15 * mean(good.kl)
+    leaps = [b.hidden.relative_l2 / a.hidden.relative_l2 for a, b in zip(good.layers, found.layers, strict=True)]
+    if "swapped" not in fault:
+        assert next(i for i, leap in enumerate(leaps) if leap > 1.5) == 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from((3, 5000)), st.floats(0, 3))
+def test_heads_in_pieces_are_heads_as_a_whole(seed: int, vocabulary: int, noise: float) -> None:
+    """KL, losses and the likeliest token against log_softmax over all of the vocabulary, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(vocabulary, 8, generator=generator) for _ in range(2)]
+    rows[1] = rows[0] + noise * rows[1]
+    hidden = torch.randn(7, 8, generator=generator) * 3
+    tokens = torch.randint(vocabulary, (7,), generator=generator)
+
+    def head(values: torch.Tensor) -> Head:
+        found = Head.__new__(Head)
+        found.size, found.finish = vocabulary, lambda logits: logits
+        found.rows = lambda first, last: values[first:last]  # type: ignore[method-assign]
+        return found
+
+    found = compare_heads(head(rows[0]), head(rows[1]), (hidden, hidden), tokens)
+    p, q = (torch.log_softmax((hidden @ r.T).double(), -1) for r in rows)
+    assert torch.allclose(found.kl, (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-4)
+    assert torch.allclose(found.nll_reference, -p.gather(1, tokens[:, None])[:, 0], atol=1e-4)
+    assert torch.allclose(found.nll_candidate, -q.gather(1, tokens[:, None])[:, 0], atol=1e-4)
+    assert found.same_top.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(SOURCE, folder := tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] -= 1
+    config["text_config"]["layer_types"].pop()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="differ in their number of layers: 6 and 5"):
+        measure(folder)
+
+
+def test_a_gap_is_defined_where_there_is_nothing() -> None:
+    assert gap(0, 0, 0, 0).relative_l2 == 0
+    assert gap(1, 0, 1, 0).relative_l2 == math.inf
+    assert gap(0, 4, 4, 4) == type(gap(0, 4, 4, 4))(0.0, 1.0, math.inf)
+    assert gap(1, 4, 4, 3).sqnr_db == pytest.approx(20 * math.log10(2))
