@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from ckptq.cli import main
 from ckptq.compare import Comparison, images
+from ckptq.compare.behavior import Behavior, Gap, LayerGap, SampleGap
 from ckptq.compare.policy import METRICS, Limit, broken, judge, parse_policy, refuse_unmeasured
+from ckptq.compare.sampled import figures
 from ckptq.errors import RecipeError
 from ckptq.recipe import parse_recipe
 from ckptq.reports.json import plain
@@ -146,9 +148,52 @@ def test_what_can_not_be_compared_breaks_every_limit(example_model: Path, spoile
     assert done.out.count("BROKEN: ") == 2
     assert "can't be compared: model.layers.1.mlp.up_proj.weight: candidate: FP8 codes with scales that are not finite" in done.out
     assert "in the reference alone: model.layers.0.input_layernorm.weight" in done.out
-    said = conforms(compare(example_model, spoiled, "--format", "json").out)
+    said = conforms(compare(example_model, spoiled, "--weights-only", "--format", "json").out)
     assert said["figures"]["weight_cosine_min"] == "nan"
     assert {"name": "model.layers.0.input_layernorm.weight", "found": "in the reference alone"} in said["unmatched"]
+
+
+def test_samples(example_model: Path, coded: Path, compare: Run, tmp_path: Path) -> None:
+    """A text of the user's; all figures of the policy's are measured."""
+    (tmp_path / "a.txt").write_text("\n\n".join(f"The {n}th line of a text that has a few words." for n in range(5)))
+    arguments = (example_model, coded, "--text", tmp_path / "a.txt", "--samples", "3", "--sequence-length", "16")
+    done = compare(*arguments, "--fail-on", "kl_mean>1e-9", "--format", "json")
+    said = conforms(done.out)
+    assert done.code == 1
+    assert said["figures"].keys() == METRICS["weights"].keys() | METRICS["behavior"].keys()
+    assert said["figures"]["nll_difference_low"] <= said["figures"]["nll_difference"] <= said["figures"]["nll_difference_high"]
+    assert len(said["behavior"]["samples"]) == said["settings"]["samples"] == 3
+    assert (said["settings"]["source"], said["settings"]["sequence_length"]) == ("text", 16)
+    assert str(tmp_path) not in json.dumps(said["settings"])
+
+
+def behavior(*samples: tuple[list[float], list[float], list[float]]) -> Behavior:
+    """Of samples' tokens: KL, NLL of the reference, NLL of the candidate."""
+    gaps = tuple(SampleGap("", len(kl), 0, 0, sum(a) / len(a), sum(b) / len(b), "") for kl, a, b in samples)
+    kl, a, b = (tuple(value for sample in samples for value in sample[i]) for i in range(3))
+    return Behavior((LayerGap(0, Gap(0.25, 1, 12), {}),), gaps, kl, a, b, tuple(value < 0.5 for value in kl))
+
+
+def test_figures_by_hand() -> None:
+    found = figures(behavior(([0.0, 1.0], [1.0, 3.0], [2.0, 2.0]), ([0.5], [2.0], [5.0])))
+    assert found == pytest.approx(
+        {
+            "kl_mean": 0.5, "kl_p99": 0.99, "kl_max": 1, "top1_agreement": 1 / 3, "nll_reference": 2, "nll_candidate": 3,
+            "perplexity_reference": math.exp(2), "perplexity_candidate": math.exp(3), "perplexity_ratio": math.e,
+            "nll_difference": 1, "nll_difference_low": 0, "nll_difference_high": 3, "hidden_relative_l2_last": 0.25,
+        }
+    )  # fmt: skip
+    one = figures(behavior(([0.0, 1.0], [1.0, 3.0], [2.0, 2.0])))
+    assert not {"nll_difference_low", "nll_difference_high"} & one.keys(), "one sample has no interval"
+
+
+def test_an_interval_is_as_wide_as_theory_says() -> None:
+    """Of 400 samples with a token each: the mean, and 1.96 standard errors to each side."""
+    apart = np.random.default_rng(1).normal(0.1, 1, 400)
+    found = figures(behavior(*(([0.0], [0.0], [float(value)]) for value in apart)))
+    error = 1.96 * apart.std() / 20
+    assert found["nll_difference_low"] == pytest.approx(apart.mean() - error, abs=0.1 * error)
+    assert found["nll_difference_high"] == pytest.approx(apart.mean() + error, abs=0.1 * error)
 
 
 def test_images(outputs: tuple[Path, Path], compare: Run) -> None:
@@ -170,10 +215,11 @@ REFUSED = [
     (("--fail-on", "kl_mean>inf"), "found 'kl_mean>inf'"),
     (("--weights-only", "--fail-on", "kl_mean>1"), "kl_mean is not measured: left out by --weights-only"),
     (("--fail-on", "psnr_db<30"), "psnr_db is not measured: these are checkpoints"),
-    (("--weights-only", "--text", "a.txt"), "--text is for samples"),
+    (("--weights-only", "--text", "a.txt"), "--text is for samples, which --weights-only leaves out"),
     (("--text", "a.txt", "--coco", "images", "captions.json"), "--text and --coco: expected one source of samples"),
     (("--report", "pdf=x.pdf"), "expected FORMAT=FILE with html or json"),
     (("--report", "json=no/such/x.json"), "can't be written: there is no folder"),
+    (("--recipe", "wan22-fp8-dynamic", "--text", "x"), "--text and --recipe: expected one source"),
     (("--reference-seconds", "1"), "seconds and peak memory are for folders of outputs"),
     (("--memory", "much"), "--memory: expected a size"),
 ]
@@ -196,6 +242,8 @@ def test_what_can_not_be_read(example_model: Path, outputs: tuple[Path, Path], c
         done = compare(*pair)
         assert (done.code, done.out) == (2, "")
         assert said in done.err
+    done = compare(*outputs, "--samples", "3")
+    assert (done.code, "--samples is for checkpoints: these are folders of outputs" in done.err) == (2, True)
     done = compare(*outputs, "--fail-on", "weight_cosine_min<1")
     assert (done.code, "these are folders of outputs" in done.err) == (2, True)
 

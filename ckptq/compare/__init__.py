@@ -18,12 +18,8 @@ if TYPE_CHECKING:
     from ckptq.compare.policy import Judged, Limit, Part
     from ckptq.compare.weights import WeightError
     from ckptq.console import Console
-    from ckptq.hub import Source
     from ckptq.sections import Calibration
 
-RUNS_SAMPLES = False
-"""Whether `_behavior` does something."""
-NO_ENGINE = "this version runs no samples"
 ONLY_WEIGHTS = "left out by --weights-only"
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
@@ -32,7 +28,8 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow")
 class Asked:
     """What a comparison was asked for. `reference` and `candidate` are as the user named them.
 
-    samples      what both models are run on; None for weights alone, and `why` says so
+    samples      what both models are run on; None for weights alone
+    option       that asked for these samples; "" where nobody did
     generations  what the outputs of reference and candidate took, of two folders of outputs
     """
 
@@ -40,7 +37,7 @@ class Asked:
     candidate: str
     limits: tuple[Limit, ...] = ()
     samples: Calibration | None = None
-    why: str = NO_ENGINE
+    option: str = ""
     generations: tuple[Generation, Generation] | None = None
     device: str = "auto"
     memory: int | None = None
@@ -94,8 +91,8 @@ def _outputs(asked: Asked, reference: Path, candidate: Path, console: Console) -
     from ckptq.compare import images, policy
     from ckptq.errors import RecipeError
 
-    if asked.samples is not None:
-        raise RecipeError("samples are for checkpoints: these are folders of outputs")
+    if asked.option:
+        raise RecipeError(f"{asked.option} is for checkpoints: these are folders of outputs", hint=f"leave {asked.option} out")
     skipped: dict[policy.Part, str] = dict.fromkeys(("weights", "behavior"), "these are folders of outputs")
     policy.refuse_unmeasured(asked.limits, skipped)
     generations = asked.generations or (images.Generation(), images.Generation())
@@ -119,26 +116,31 @@ def _outputs(asked: Asked, reference: Path, candidate: Path, console: Console) -
 def _checkpoints(asked: Asked, console: Console) -> Comparison:
     from ckptq import hub
     from ckptq.checkpoint import read_inventory
-    from ckptq.compare import policy, weights
+    from ckptq.compare import policy, sampled, weights
     from ckptq.compare.matched import match
     from ckptq.errors import RecipeError
+    from ckptq.validate import is_diffusion
 
     if asked.generations is not None:
         raise RecipeError("seconds and peak memory are for folders of outputs: these are checkpoints")
     skipped: dict[policy.Part, str] = {"images": "these are checkpoints"}
-    skipped |= {"behavior": asked.why} if asked.samples is None else {}
+    skipped |= {"behavior": ONLY_WEIGHTS} if asked.samples is None else {}
     policy.refuse_unmeasured(asked.limits, skipped)
     opened = [hub.fetch(name, weights=True) for name in (asked.reference, asked.candidate)]
     inventories = [read_inventory(source.root, source.header, strict=False) for source in opened]
-    if inventories[0].pipeline is not None:
+    if is_diffusion(opened[0].root):
         skipped["behavior"] = "what a pipeline does is seen by its outputs: compare two folders of them"
         policy.refuse_unmeasured(asked.limits, skipped)
+        if asked.option:
+            raise RecipeError(f"{asked.option} is for language models: {skipped['behavior']}", hint="add --weights-only")
     found = match(inventories[0], inventories[1])
     with console.stage("weights", found.nbytes, "bytes") as advance:
         errors = weights.worst_first(weights.weight_errors(found, advance))
     figures = weights.figures(errors, len(found.unmatched))
-    behavior, more = (None, {}) if "behavior" in skipped else _behavior(asked, opened, console)
-    figures |= more
+    behavior = None
+    if asked.samples is not None and "behavior" not in skipped:
+        behavior, more = sampled.measure(opened[0].root, opened[1].root, asked.samples, asked.device, asked.memory, console)
+        figures |= more
     return Comparison(
         asked.reference,
         asked.candidate,
@@ -150,14 +152,9 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
         policy.judge(asked.limits, figures),
         {side: _nbytes(at) for side, at in zip(("reference", "candidate"), inventories, strict=True)},
         _versions(),
-        _settings(asked),
+        _settings(asked) if behavior is not None else {},
         skipped,
     )
-
-
-def _behavior(asked: Asked, opened: list[Source], console: Console) -> tuple[Behavior | None, dict[str, float]]:
-    """What the samples showed, and its figures."""
-    raise NotImplementedError
 
 
 def _nbytes(inventory: Inventory) -> int:
@@ -166,8 +163,7 @@ def _nbytes(inventory: Inventory) -> int:
 
 def _settings(asked: Asked) -> dict[str, Any]:
     """What the samples were: without paths."""
-    if asked.samples is None:
-        return {}
+    assert asked.samples is not None
     return asked.samples.model_dump(mode="json", exclude={"files", "images", "annotations", "save_every", "all_experts"})
 
 

@@ -101,29 +101,28 @@ def _samples(
     *,
     weights_only: bool,
 ) -> tuple[Calibration | None, str]:
-    """(what to run both models on, or None; why nothing is). Raises RecipeError for options that do not go together."""
-    from ckptq.compare import NO_ENGINE, ONLY_WEIGHTS, RUNS_SAMPLES
+    """(what to run both models on, or None; the option that asked for it). Raises RecipeError for what does not go together."""
     from ckptq.errors import RecipeError
     from ckptq.sections import BuiltinCalibration, CocoCalibration, TextCalibration
 
     given = {"--text": bool(text), "--coco": coco is not None, "--recipe": recipe is not None}
     named = [option for option, there in given.items() if there]
-    options = [option for option in (*named, *(f"--{key.replace('_', '-')}" for key in chosen)) if option != "--recipe"]
+    options = [*named, *(f"--{key.replace('_', '-')}" for key in chosen)]
     if len(named) > 1:
         raise RecipeError(f"{' and '.join(named)}: expected one source of samples")
-    if weights_only or not RUNS_SAMPLES:
-        why = ONLY_WEIGHTS if weights_only else NO_ENGINE
-        if options:
-            raise RecipeError(f"{options[0]} is for samples, and they are not run: {why}", hint=f"leave {options[0]} out")
-        return None, why
+    if weights_only:
+        if odd := [option for option in options if option != "--recipe"]:  # which has limits, too
+            raise RecipeError(f"{odd[0]} is for samples, which --weights-only leaves out", hint=f"leave {odd[0]} out")
+        return None, ""
+    option = next(iter(options), "")
     if text:
-        return TextCalibration(source="text", files=text, **chosen), ""
+        return TextCalibration(source="text", files=text, **chosen), option
     if coco is not None:
-        return CocoCalibration(source="coco", images=coco[0], annotations=coco[1], **chosen), ""
+        return CocoCalibration(source="coco", images=coco[0], annotations=coco[1], **chosen), option
     if recipe is not None:
         section = recipe.quality.samples if recipe.quality is not None else None
-        return (section or recipe.calibration).model_copy(update=chosen), ""
-    return BuiltinCalibration(source="builtin", **chosen), ""
+        return (section or recipe.calibration).model_copy(update=chosen), "" if len(options) == 1 else options[1]
+    return BuiltinCalibration(source="builtin", **chosen), option
 
 
 def _generations(*given: list[float] | None) -> tuple[Generation, Generation] | None:

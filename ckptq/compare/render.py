@@ -73,7 +73,8 @@ def show(console: Console, found: Comparison) -> None:
         console.show(("BROKEN: " if judged.broken else "kept: ") + str(judged))
     count = sum(judged.broken for judged in found.limits)
     said = f"FAILED: {count} of {len(found.limits)} limits broken" if count else "OK"
-    said = said if found.limits else "measured; no limit was given: --fail-on 'weight_relative_l2_max>0.05' sets one"
+    example = "psnr_db_min<25" if found.images else "kl_mean>0.02" if found.behavior else "weight_relative_l2_max>0.05"
+    said = said if found.limits else f"measured; no limit was given: --fail-on '{example}' sets one"
     console.show(f"{safe_text(found.candidate)} against {safe_text(found.reference)}: {said}")
 
 

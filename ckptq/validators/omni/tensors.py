@@ -93,11 +93,13 @@ def not_ignored(weight: TensorSpec, at: Built) -> Finding:
     """For a weight in the source's dtype that is built quantized."""
     exact = "Only the server's exact names count, one for each linear: no pattern, no part of a name"
     fits = "The server's names count (`to_qkv`, `add_kv_proj`, `w13`), whole, as a part of a longer one, or with `*`"
+    shared = at.section.method in at.denoiser.options and len(at.denoiser.folders) > 1
+    first = "; of two transformers the first one's list counts" if shared else ""
     return error(
         "layout.omni-not-ignored", weight.name, f"what stays unquantized is on the list {at.section.key}; this linear is not",
         f"{weight.dtype}, without scales",
         f"vLLM-Omni casts it to {at.section.form.codes} without a scale, silently: the images are noise",
-        f"add it to {at.section.key}. {fits if at.section.method == 'modelopt' else exact}",
+        f"add it to {at.section.key}{first}. {fits if at.section.method == 'modelopt' else exact}",
     )  # fmt: skip
 
 
