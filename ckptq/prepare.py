@@ -150,9 +150,10 @@ def _reads(recipe: Recipe, inventory: Inventory, parts: tuple[Part, ...]) -> Rea
             f"calibration.source {recipe.calibration.source}: a denoiser is calibrated on prompts",
             hint="add `calibration: {source: prompts}`, or take a scheme with dynamic activations",
         )
-    converted = {part.folder for part in parts}
+    settings = recipe.calibration
+    idle = {part.folder for part in parts} | ({"vae"} if not settings.images and not settings.files else set())
     for component in inventory.components:  # prompts run through what stays, too, and codes are no values
-        if component.folder not in converted and (what := quantized.describe(component)):
+        if component.folder not in idle and (what := quantized.describe(component)):
             raise UnsupportedError(
                 f"{component.folder}, which prompts run through, is quantized: {what}",
                 hint="give the pipeline with that component in BF16, or take a scheme with dynamic activations",
