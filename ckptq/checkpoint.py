@@ -19,7 +19,7 @@ from ckptq.errors import SourceError
 from ckptq.folder import printable, refuse_outside, walk
 from ckptq.foreign import refuse_foreign
 from ckptq.index import INDEX, Disagreement, compare_index, index_name, natural, read_index, refuse_differences
-from ckptq.json_file import read_json, read_text_and_json
+from ckptq.json_file import read_json, read_text_and_json, short
 from ckptq.reader import Reader, fingerprint
 from ckptq.safetensors_header import DTYPE_BYTES, FLOATS, Codes, Header, SourceTensor, TensorSpec, check_header, read_header
 
@@ -138,6 +138,11 @@ def _read_pipeline(root: Path, header: Callable[[Path], Header], strict: bool) -
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise SourceError(f"{root / PIPELINE}: expected the index of a pipeline, with a _class_name", hint="fetch it again")
     listed = component_names(index)
+    for name, entry in index.items():
+        if not isinstance(entry, list) and name.isidentifier() and (root / name).is_dir():
+            raise SourceError(
+                f"{PIPELINE}: {printable(name)}: expected [library, class], found {short(entry)}", hint="fetch it again"
+            )
     if strict and (absent := [name for name in listed if not (root / name).is_dir()]):
         raise SourceError(f"{PIPELINE} names the component {printable(absent[0])}: no such folder", hint="fetch the pipeline again")
     stems = {name: stem for name in listed if (stem := _stem_of(root / name, header))}
@@ -148,7 +153,7 @@ def _read_pipeline(root: Path, header: Callable[[Path], Header], strict: bool) -
         )
     if not stems:
         raise SourceError(f"{root}: no component of this pipeline has weights in safetensors", hint=_ONLY)
-    components = tuple(_read_component(root, name, header, strict, stem) for name, stem in stems.items())
+    components = tuple(_read_named(root, name, header, strict, stem) for name, stem in stems.items())
     names = [n for n, hidden in walk(root) if not hidden and n.partition("/")[0] not in stems]
     copies = tuple(n for n in names if n.partition("/")[0] not in listed and is_weight_copy(n))
     return Inventory(root, components, MappingProxyType(index), tuple(n for n in names if n not in copies), copies)
@@ -158,6 +163,14 @@ def component_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The components of a model_index.json that are there: one that a pipeline does without is [null, null]."""
     found = (name for name, what in index.items() if isinstance(what, list) and len(what) == 2 and what[1] is not None)
     return tuple(name for name in found if name.isidentifier() and not name.startswith("_"))
+
+
+def _read_named(root: Path, name: str, header: Callable[[Path], Header], strict: bool, stem: str) -> Component:
+    """A component, its name in all errors: several have files of one name."""
+    try:
+        return _read_component(root, name, header, strict, stem)
+    except SourceError as error:
+        raise SourceError(f"{name}: {str(error).removeprefix(f'{root / name}: ')}", hint=error.hint) from error
 
 
 def _stem_of(base: Path, header: Callable[[Path], Header]) -> str:

@@ -15,7 +15,7 @@ from ckptq.console import Console
 from ckptq.errors import CalibrationError, DataError, OutputError, RecipeError, SourceError, UnsupportedError
 from ckptq.exporters import find_exporter
 from ckptq.job import job_record
-from ckptq.journal import RECORD, Journal
+from ckptq.journal import RECORD, Journal, refuse_inside
 from ckptq.prepare import Prepared as Prepared
 from ckptq.prepare import prepare as prepare
 from ckptq.produce import listed, produce
@@ -64,6 +64,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
     if job.recipe.calibration.all_experts and (idle := routing.idle(part.scope for part in job.parts)):
         console.warn(idle)
     output = Path(job.recipe.output)
+    refuse_inside(output, job.source.root)
     if job.reused is not None and not job.calibrated:
         console.note(f"--amax {job.reused.path} is not used: the recipe needs no calibration")
     elif job.reused is not None and "calibration" in job.recipe.model_fields_set:

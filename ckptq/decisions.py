@@ -94,12 +94,19 @@ def _refuse_idle_patterns(rules: Rules, subjects: Subjects) -> None:
         if not _any(p, named, subjects)
     ]
     idle += [
-        f"quantize pattern {p!r} matches no linear of {subjects.whole}"
+        f"quantize pattern {p!r} matches no linear of {subjects.whole}{_why_none(p, subjects)}"
         for p in (p for rule in rules.quantize for p in rule.modules)
         if _any(p, named, subjects) and not _any(p, subjects.linears, subjects)
     ]
     if idle:
         raise RecipeError("\n".join(idle), hint="`ckptq inspect SRC` shows the parts of the checkpoint, and the recipes that fit")
+
+
+def _why_none(pattern: str, subjects: Subjects) -> str:
+    """Of a linear that stays whatever a recipe says: why."""
+    reasons = {subjects.stays[m] for m in subjects.stays if _matches(pattern, m, subjects)}
+    told = sorted(reasons - {"not a linear", UNMATCHED})
+    return f" that can be quantized: {told[0]}" if told else ""
 
 
 def _matches(pattern: str, module: str, subjects: Subjects) -> bool:

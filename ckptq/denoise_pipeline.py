@@ -125,8 +125,9 @@ def _loaded(folder: Path, library: str, kind: str) -> Any:
     except ImportError as error:
         told = str(error).strip().splitlines()[0]
         raise UnsupportedError(f"{folder.name}: {told}", hint="install the package that it names") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"{folder.name}: {kind} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # what a library raises depends on what it stumbles over
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(f"{folder.name}: {kind} can't be loaded: {told}") from error
 
 
 def _maker(cls: Any, given: Mapping[str, Any], device: torch.device) -> Callable[[], Any]:

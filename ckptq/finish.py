@@ -65,7 +65,9 @@ def write_files(
     if job.inventory.pipeline is None:
         (body,) = bodies.values()
     else:
-        files = digest.of_files(job.source.root, digest.recorded(job.kept))  # the check of the record proves the copies by them
+        copies = {in_folder(c.folder, name) for c in job.inventory.components for name in c.left_out}  # which no check looks at
+        kept = digest.recorded(name for name in job.kept if name not in copies)
+        files = digest.of_files(job.source.root, kept)  # the check of the record proves the copies by them
         body = {"components": bodies, "digests": {"tensors": {}, "files": files}}
     write_text(journal.model / RECORD, json.dumps({"job": record, **body}, indent=1) + "\n")
     sync_folder(journal.model)

@@ -159,7 +159,7 @@ class Journal:
 
     def _refuse_existing(self) -> None:
         if self.output.exists() and (not self.output.is_dir() or any(p.name != STAGING for p in self.output.iterdir())):
-            raise OutputError(f"{self.output}: exists already", hint="choose another --output, or remove it")
+            raise OutputError(f"{self.output}: exists already", hint="choose another folder, or remove it")
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.staging, os.O_RDONLY)
@@ -179,6 +179,12 @@ class Journal:
                 f"{self.output}: the interrupted job there is another one\n" + "\n".join(f"  - {c}" for c in changed),
                 hint="restore what changed and use --resume, or remove the folder and start again",
             )
+
+
+def refuse_inside(output: Path, source: Path) -> None:
+    """Raises OutputError for an output in the folder that it is made from: the source would no longer be what it was."""
+    if output.absolute().resolve().is_relative_to(source.resolve()):
+        raise OutputError(f"{output}: lies in the source, {source}", hint="choose a folder outside of it")
 
 
 def _changes(began: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[str]:

@@ -25,6 +25,7 @@ from ckptq.scopes import Scope
 from ckptq.scopes.denoisers import Denoiser, find_denoiser
 from ckptq.sections import PromptCalibration, Treatment
 from ckptq.spelled import choose_scope
+from ckptq.storage import is_stored
 from ckptq.unstack import unstack
 from ckptq.validators import Finding, Stored, omni
 from ckptq.validators.grouping import group
@@ -130,6 +131,8 @@ def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
     if reused is not None:
         reuse.refuse_missing(reused, parts)
     calibrates = reused is None and any(part.plan.calibrated for part in parts)
+    if calibrates and not isinstance(parts[0].scope, Scope) and "calibration" not in recipe.model_fields_set:
+        recipe = recipe.model_copy(update={"calibration": PromptCalibration(source="prompts")})
     told = None
     if isinstance(parts[0].scope, Scope):
         needs = cost.estimate(parts[0].plan, inventory.main, parts[0].scope, recipe, calibrates=calibrates)
@@ -219,6 +222,14 @@ def plan_parts(recipe: Recipe, inventory: Inventory) -> tuple[Part, ...]:
     parts = tuple(_parts(recipe, inventory))
     if not parts:
         raise RecipeError("the recipe converts nothing: every component that it names stays")
+    converted = {part.folder for part in parts}
+    others = (component for component in inventory.components if component.folder not in converted)
+    stored = [component.folder for component in others if is_stored(component.config.get("quantization_config"))]
+    if stored and any(part.scope for part in parts):
+        raise UnsupportedError(
+            f"{', '.join(stored)}: in ckptq's form for storage, which no server reads beside {parts[0].folder}",
+            hint="`ckptq restore SRC BF16_DIR` makes a pipeline of it that can be served, and converted",
+        )
     return parts
 
 

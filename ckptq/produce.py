@@ -84,7 +84,7 @@ def _checked(job: Prepared, journal: Journal, console: Console) -> tuple[Finding
     if errors := [f for f in findings if f.severity == "error"]:
         raise DataError(
             f"the output failed validation and was not published:\n{listed(errors)}",
-            hint="please report this with the recipe",
+            hint="mend the source where the fault is its own; otherwise please report this with the recipe",
         )
     return findings
 

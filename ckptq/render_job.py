@@ -72,6 +72,8 @@ def show_plan(console: Console, job: Prepared) -> None:
             console.table("", ("", ""), facts)
     if job.inventory.pipeline is not None:
         facts = [("stays", kept(job)), ("output", f"{size(job.output_bytes)} in all")]
+        if job.inventory.left_out:
+            facts.append(("left out", ", ".join(job.inventory.left_out)))
     facts += _cost_facts(job)
     facts.append(("layout check", verdict(job.findings)))
     console.table("", ("", ""), facts)

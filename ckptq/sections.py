@@ -101,6 +101,8 @@ def _treatment(value: object) -> object:
         return {"scheme": value}
     if isinstance(value, dict):
         given = [key for key in ("action", "scheme", "quantize") if value.get(key)]
+        if set(value) - set(Treatment.model_fields):
+            return value  # unknown keys are told by name
         if len(given) != 1:
             raise ValueError(f"expected one of action, scheme and quantize, found {' and '.join(given) or 'none of them'}")
         if "action" in given and value.get("keep"):

@@ -386,7 +386,7 @@ def test_existing_output_is_refused(ckptq: Ckptq, tmp_path: Path) -> None:
         code, err = ckptq(*arguments(out, *more))
         assert code == 2
         assert f"error: {out}: exists already" in err
-        assert "choose another --output, or remove it" in err
+        assert "choose another folder, or remove it" in err
         assert (out.stat().st_mtime_ns, content(out)) == before
 
 

@@ -105,7 +105,11 @@ def test_unquantized_tensors_of_a_denoiser_are_the_sources(qwen: Path, tmp_path:
         ),
         ("components: {transformer: keep}", "converts nothing", None),
         ("components: {transformer: nvfp4}", "vLLM-Omni has no nvfp4 in the format modelopt for qwen_image", "another scheme"),
-        ("components: {transformer: fp8}", "a denoiser is calibrated on prompts", "source: prompts"),
+        (
+            "components: {transformer: fp8}\ncalibration: {source: builtin}",
+            "a denoiser is calibrated on prompts",
+            "source: prompts",
+        ),
         (
             "components: {transformer: {action: keep, quantize: [{modules: x, scheme: fp8}]}}",
             "expected one of action, scheme and",
@@ -199,6 +203,51 @@ def test_a_copy_that_went_wrong_is_never_published(qwen: Path, tmp_path: Path, m
     assert "record.file-changed: text_encoder/model.safetensors" in str(caught.value)
     assert "record.tensor-changed: transformer/" in str(caught.value)
     assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_files_beside_the_components(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Further copies of the weights stay in a kept component's folder; elsewhere they are left out, and named."""
+    shutil.copytree(qwen, source := tmp_path / "source")
+    (source / "text_encoder" / "pytorch_model.bin").write_bytes(b"a copy")
+    (source / "all-in-one.safetensors").write_bytes(b"another")
+    run(DYNAMIC, source, tmp_path / "out")
+    assert (tmp_path / "out" / "text_encoder" / "pytorch_model.bin").read_bytes() == b"a copy"
+    assert not (tmp_path / "out" / "all-in-one.safetensors").exists()
+    with pytest.raises(SystemExit):
+        main(["convert", "--recipe", "qwen-image-fp8-dynamic", "--model", str(source), "--output", "x", "--dry-run"])
+    assert "all-in-one.safetensors" in capsys.readouterr().out.partition("left out")[2]
+
+
+def test_an_odd_entry_of_the_index(qwen: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen, source := tmp_path / "source")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"vae": "diffusers"}))
+    with pytest.raises(SourceError, match=r"vae: expected \[library, class\], found 'diffusers'"):
+        job(DYNAMIC, source, tmp_path / "out")
+
+
+def test_what_no_server_reads_is_not_called_good(qwen: Path, tmp_path: Path) -> None:
+    """A component in FP8 storage stays out of a pipeline that is to be served."""
+    stored = run("components: {vae: fp8-storage}", qwen, tmp_path / "stored")
+    assert stored.serve == ""
+    with pytest.raises(CkptqError, match="vae: in ckptq's form for storage") as caught:
+        job(DYNAMIC, tmp_path / "stored", tmp_path / "out")
+    assert "ckptq restore" in (caught.value.hint or "")
+
+
+def test_an_output_in_its_own_source(qwen: Path) -> None:
+    with pytest.raises(OutputError, match="lies in the source"):
+        run(DYNAMIC, qwen, qwen / "out")
+
+
+def test_errors_name_the_component(qwen: Path, tmp_path: Path) -> None:
+    short = broken(qwen, tmp_path / "short", "vae")
+    file = short / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(SourceError, match=r"^vae: diffusion_pytorch_model\.safetensors"):
+        job(DYNAMIC, short, tmp_path / "out")
+    with pytest.raises(CkptqError, match="is a component of a pipeline"):
+        job("quantize: [{modules: '*', scheme: fp8}]\n", qwen / "transformer", tmp_path / "out")
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

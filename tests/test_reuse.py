@@ -143,7 +143,7 @@ def test_a_resumed_run_notices_other_amaxes(first: Path, tmp_path: Path, monkeyp
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ckptq.produce._write_files", stop)
+    monkeypatch.setattr("ckptq.produce.write_files", stop)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", *COMPRESSED, amax=first)
     monkeypatch.undo()

@@ -255,6 +255,11 @@ def find_scope(config: Mapping[str, Any]) -> Scope:
     """The scope for a config.json. Raises UnsupportedError naming the architecture and those of like names, or why it has none."""
     said = config.get("architectures")
     wanted = said if isinstance(said, list) else []
+    if not wanted and config.get("_class_name") is not None:
+        raise UnsupportedError(
+            f"config.json: {config['_class_name']!r:.80} is a component of a pipeline",
+            hint="give the pipeline's folder, the one with model_index.json in it",
+        )
     scopes = list(all_scopes())
     for scope in scopes:
         if any(name in scope.architectures for name in wanted):
