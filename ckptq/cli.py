@@ -66,6 +66,7 @@ def convert(
 ) -> None:
     """Quantize a checkpoint as a recipe says, and check the result."""
     from ckptq import render_job as render
+    from ckptq.compare.quality import judge_output, refuse_unmeasured_limits
     from ckptq.console import Console
     from ckptq.convert import convert as run
     from ckptq.prepare import prepare
@@ -77,11 +78,14 @@ def convert(
     settings = load_recipe(recipe, overrides or (), model=model, output=output, from_fp8=from_fp8 or None)
     console = Console(format)
     job = prepare(settings, amax)
+    refuse_unmeasured_limits(job)
     if dry_run:
         console.result(render.plan_data(job), lambda: render.show_plan(console, job))
         raise typer.Exit(int(has_errors(job.findings)))
     report = run(job, resume=resume, device=device, memory=limit, console=console)
-    console.result(render.report_data(report), lambda: render.show_report(console, report))
+    quality = judge_output(job, report, device, limit, console)
+    console.result(render.report_data(report, quality), lambda: render.show_report(console, report, quality))
+    raise typer.Exit(quality.exit_code if quality else 0)
 
 
 @app.command()

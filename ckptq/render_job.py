@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ckptq.compare import Comparison
 from ckptq.console import Console, duration, number_runs, size
 from ckptq.convert import Report
 from ckptq.cost import RATES
@@ -170,13 +171,15 @@ def _numbered(name: str, found: Sequence[Sequence[int]]) -> str:
     return "".join(itertools.chain.from_iterable(itertools.zip_longest(pieces, runs, fillvalue="")))
 
 
-def report_data(report: Report) -> dict[str, Any]:
+def report_data(report: Report, quality: Comparison | None) -> dict[str, Any]:
     """`convert --format json`."""
-    return {**asdict(report), "output": str(report.output)}
+    from ckptq.compare.render import data
+
+    return {**asdict(report), "output": str(report.output), **({"quality": data(quality)} if quality else {})}
 
 
-def show_report(console: Console, report: Report) -> None:
-    """The table at the end of a conversion."""
+def show_report(console: Console, report: Report, quality: Comparison | None) -> None:
+    """The table at the end of a conversion, and what a comparison with the source came to."""
     ratio = report.output_bytes / report.source_bytes
     rows = [
         ("output", str(report.output)),
@@ -194,3 +197,8 @@ def show_report(console: Console, report: Report) -> None:
     if report.findings:
         console.show("")
     show_findings(console, report.findings)
+    if quality is not None:
+        from ckptq.compare.render import show
+
+        console.show("")
+        show(console, quality)

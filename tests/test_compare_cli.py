@@ -322,3 +322,29 @@ except SystemExit:
 def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_conversion_ends_with_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe's limits decide its exit code; the output is published in any case."""
+    for name, limit, code in (("good", "weight_relative_l2_max>0.1", 0), ("bad", "top1_agreement<1", 1)):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(
+            "quantize: [{modules: model.layers, scheme: fp8-dynamic}]\nkeep: [model.visual, lm_head]\n"
+            "export: {format: compressed-tensors}\n"
+            f"quality: {{fail_on: ['{limit}'], samples: {{source: builtin, samples: 2, sequence_length: 64}}}}\n"
+        )
+        asked = [
+            "convert",
+            "--recipe",
+            str(recipe),
+            "--model",
+            str(Path(__file__).parent.parent / "examples/tiny-qwen2.5-vl"),
+            "--output",
+            str(tmp_path / name),
+        ]
+        with pytest.raises(SystemExit) as ended:
+            main([*asked, "--device", "cpu", "--format", "json"])
+        told = json.loads(capsys.readouterr().out)
+        assert ended.value.code == code
+        assert [judged["broken"] for judged in told["quality"]["limits"]] == [bool(code)]
+        assert (tmp_path / name / "config.json").is_file()

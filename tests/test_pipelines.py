@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from huggingface_hub import constants
 from pipelines import pipelines
 from safetensors.torch import load_file, save_file
 
-from ckptq import hub, writer
+from ckptq import hub, restore, writer
 from ckptq.checkpoint import read_inventory
 from ckptq.cli import main
 from ckptq.console import Console
@@ -104,6 +106,12 @@ def test_unquantized_tensors_of_a_denoiser_are_the_sources(qwen: Path, tmp_path:
             "fp8-storage",
         ),
         ("components: {transformer: keep}", "converts nothing", None),
+        (
+            "components: {transformer: {quantize: [{modules: '*.attn.*', scheme: fp8}, {modules: '*mlp.*', scheme: fp8-dynamic}]}}",
+            "schemes fp8, fp8-dynamic: vLLM-Omni builds all linears of a denoiser in one",
+            "one scheme",
+        ),
+        ("from_fp8: true\n" + DYNAMIC, "no component that the recipe converts is quantized", "leave --from-fp8 out"),
         ("components: {transformer: nvfp4}", "vLLM-Omni has no nvfp4 in the format modelopt for qwen_image", "another scheme"),
         (
             "components: {transformer: fp8}\ncalibration: {source: builtin}",
@@ -156,6 +164,48 @@ def test_components_of_a_plain_model(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
     with pytest.raises(CkptqError, match="is no pipeline: it has no model_index"):
         job(DYNAMIC, example, tmp_path / "out")
+
+
+def test_what_a_pipeline_does_without_is_no_component(qwen: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen, source := tmp_path / "source")
+    index = json.loads((source / "model_index.json").read_text()) | {"transformer_2": [None, None], "boundary_ratio": 0.9}
+    (source / "model_index.json").write_text(json.dumps(index))
+    for name in ("transformer_2", "boundary_ratio"):
+        with pytest.raises(CkptqError, match=f"components.{name}: QwenImagePipeline has no such component"):
+            job(f"components: {{{name}: fp8-dynamic}}", source, tmp_path / "out")
+
+
+def test_a_linked_component_is_refused_where_its_files_would_not_travel(qwen: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen, source := tmp_path / "source")
+    (source / "tokenizer").rename(source / "shared")
+    (source / "tokenizer").symlink_to("shared")
+    with pytest.raises(SourceError, match="tokenizer: a link to a folder"):
+        job(DYNAMIC, source, tmp_path / "out")
+
+
+def test_what_one_component_does_to_another_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    """With ModelOpt's format vLLM-Omni builds both transformers of Wan as the first one's section says."""
+    pipelines()["wan22"].make(source := tmp_path / "source")
+    planned = job("components: {transformer: fp8-dynamic}", source, tmp_path / "out")
+    assert "config.omni-other" in {finding.code for finding in planned.findings if finding.severity == "error"}
+    with pytest.raises(DataError, match="the planned output would not be served right"):
+        convert(planned, resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_do_not_run_through_codes(qwen: Path, tmp_path: Path) -> None:
+    run("components: {text_encoder: fp8-storage}", qwen, tmp_path / "stored")
+    config = tmp_path / "stored" / "text_encoder" / "config.json"
+    section = {"quant_method": "fp8", "activation_scheme": "dynamic"}  # as others store one
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": section}))
+    with pytest.raises(CkptqError, match="text_encoder, which prompts run through, is quantized"):
+        job(STATIC, tmp_path / "stored", tmp_path / "out")
+
+
+def test_too_little_memory_leaves_nothing_behind(qwen: Path, tmp_path: Path) -> None:
+    with pytest.raises(CkptqError, match="--memory 100 MB: too little"):
+        convert(job(STATIC, qwen, tmp_path / "out"), resume=False, device="cpu", memory=10**8, console=Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 def broken(source: Path, folder: Path, component: str, **change: Any) -> Path:
@@ -287,16 +337,22 @@ def test_amaxes_of_an_earlier_run(qwen: Path, tmp_path: Path, monkeypatch: pytes
     assert examine(tmp_path / "out", source=qwen).findings == ()
 
 
+@contextmanager
+def on_the_hub(repo: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with HubServer(repo, {"main": folder}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        yield
+
+
 def test_a_pipeline_on_the_hub(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run fetches headers alone; a run fetches all that the pipeline names, and no further copy of the weights."""
     shutil.copytree(qwen, served := tmp_path / "served")
     (served / "qwen-image.safetensors").write_bytes(b"all in one, for other programs")
     (served / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"not for us")
-    with HubServer("org/tiny", {"main": served}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with on_the_hub("org/tiny", served, tmp_path, monkeypatch):
         opened = hub.fetch("org/tiny", weights=False)
         seen = read_inventory(opened.root, opened.header)
         assert not list(opened.root.rglob("*.safetensors"))
@@ -304,6 +360,26 @@ def test_a_pipeline_on_the_hub(qwen: Path, tmp_path: Path, monkeypatch: pytest.M
         assert [c.tensors for c in seen.components] == [c.tensors for c in local.components]
         whole = hub.fetch("org/tiny", weights=True)
     assert {p.relative_to(whole.root).as_posix() for p in whole.root.rglob("*.*") if p.is_file()} == set(files(qwen))
+
+
+def test_a_pipeline_on_the_hub_with_a_pickle_is_refused(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not fetched would be absent from the output, in silence."""
+    shutil.copytree(qwen, served := tmp_path / "served")
+    (served / "vae" / "diffusion_pytorch_model.safetensors").rename(served / "vae" / "diffusion_pytorch_model.bin")
+    with (
+        on_the_hub("org/pickled", served, tmp_path, monkeypatch),
+        pytest.raises(SourceError, match=r"vae/.*model\.bin"),
+    ):
+        hub.fetch("org/pickled", weights=False)
+
+
+def test_what_stays_of_a_pipeline_on_the_hub_is_restored_too(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("components: {vae: fp8-storage}", qwen, tmp_path / "stored")
+    with on_the_hub("org/stored", tmp_path / "stored", tmp_path, monkeypatch):
+        restore.restore(restore.prepare("org/stored"), tmp_path / "out", Console(quiet=True))
+    assert files(tmp_path / "out").keys() == files(qwen).keys()
+    kept = [name for name in files(qwen) if name.partition("/")[0] != "vae"]
+    assert all(files(tmp_path / "out")[name] == files(qwen)[name] for name in kept)
 
 
 def test_the_command_line(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
