@@ -150,6 +150,9 @@ def _report(job: Prepared, output: Path, findings: tuple[Finding, ...], console:
     )
 
 
+_DENOISERS = {name: find_exporter(name).READERS for name in ("int8", "mxfp8", "mxfp4-dualscale")}
+
+
 def _notes(job: Prepared) -> Iterator[str]:
     scopes = [part.scope for part in job.parts]
     if any(isinstance(scope, Scope) for scope in scopes):
@@ -157,7 +160,8 @@ def _notes(job: Prepared) -> Iterator[str]:
     for part in job.parts:
         if isinstance(part.scope, Denoiser):
             names = f"; {len(part.plan.renamed)} tensors have the server's names" if part.plan.renamed else ""
-            yield f"{part.folder or 'the denoiser'}: vLLM-Omni reads it; diffusers' from_pretrained does not{names}"
+            reads = _DENOISERS.get(job.recipe.export.format, "vLLM-Omni reads it; diffusers' from_pretrained does not")
+            yield f"{part.folder or 'the denoiser'}: {reads}{names}"
         elif part.scope is None:
             yield f"{part.folder}: no server reads it: `ckptq restore` bakes it back to BF16, ckptq.loading loads it for diffusers"
 

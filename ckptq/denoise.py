@@ -23,7 +23,7 @@ from ckptq.calibration import Sample, load_samples
 from ckptq.checkpoint import Inventory, read_inventory
 from ckptq.console import Advance, Console
 from ckptq.cost import available_memory
-from ckptq.denoise_cost import DYNAMIC, DenoiserPart, fitting, reads, room
+from ckptq.denoise_cost import DYNAMIC, IMPORTS, DenoiserPart, fitting, reads, room
 from ckptq.denoise_models import PipelineModel
 from ckptq.denoise_pipeline import Pipeline, arguments, hushed, open_pipeline
 from ckptq.denoise_run import Run
@@ -63,7 +63,8 @@ def measure(
     with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad():
         pipeline = open_pipeline(inventory, parts, device, stack, images=any(sample.image for sample in samples))
         stack.enter_context(hushed())
-        limit = memory if device.type == "cpu" else None
+        # Of a GPU's memory imports take nothing.
+        limit = memory if memory is None or device.type == "cpu" else memory + IMPORTS
         needed = fitting(reads(inventory, settings), limit)
         for model in pipeline.denoisers.values():
             model.ahead = needed.ahead

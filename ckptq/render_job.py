@@ -31,7 +31,7 @@ def plan_data(job: Prepared) -> dict[str, Any]:
             "needed": job.calibrates,
             "amaxes_from": str(job.reused.path) if job.reused else None,
             "source": job.recipe.calibration.source if job.calibrates else None,
-            "samples": cost.samples,
+            "samples": job.recipe.calibration.samples if job.reads else cost.samples,
             "tokens_at_most": cost.tokens,
             "flops_at_most": cost.flops,
             **({"reads": asdict(job.reads)} if job.reads else {}),

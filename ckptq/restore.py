@@ -121,7 +121,7 @@ def plan_restore(component: Component, shard_size: int) -> Plan:
 
 def restore(job: Restoration, output: Path, console: Console, *, resume: bool = False) -> Restored:
     """Writes the BF16 checkpoint. Raises a CkptqError; the files that were finished until then stay for `resume`."""
-    journal = Journal(output)
+    journal = Journal(output, "config.json" if job.inventory.pipeline is None else PIPELINE)
     journal.refuse_existing(resume=resume)
     for note in job.notes:
         console.note(note)

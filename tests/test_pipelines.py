@@ -285,6 +285,17 @@ def test_what_no_server_reads_is_not_called_good(qwen: Path, tmp_path: Path) -> 
     assert "ckptq restore" in (caught.value.hint or "")
 
 
+def test_storage_coded_anew(qwen: Path, tmp_path: Path) -> None:
+    """From one storage form to the other, of the same names and dtypes; in a pipeline of which nothing is known, too."""
+    shutil.copytree(qwen, source := tmp_path / "source")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {"_class_name": "NobodysPipeline"}))
+    run("components: {vae: fp8-storage-channel}", source, tmp_path / "one")
+    run("components: {vae: fp8-storage}\nfrom_fp8: true", tmp_path / "one", tmp_path / "other")
+    stored = load_file(tmp_path / "other" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {t.numel() for n, t in stored.items() if n.endswith("weight_scale")} == {1}
+
+
 def test_an_output_in_its_own_source(qwen: Path) -> None:
     with pytest.raises(OutputError, match="lies in the source"):
         run(DYNAMIC, qwen, qwen / "out")

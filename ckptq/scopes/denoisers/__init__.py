@@ -101,7 +101,7 @@ class Denoiser:
     encoder    the pipeline's text encoder, where the server gives it the same config
     formats    {export.format: its schemes} that the server takes for it
     options    {export.format: what the server must be started with}, where the files alone do not do
-    padded     whether the server pads sizes that are no multiple of 16 itself; otherwise the planner warns
+    padded     whether the server pads sizes that are no multiple of 16 itself
     """
 
     name: str

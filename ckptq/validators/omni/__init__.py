@@ -1,6 +1,6 @@
 """vLLM-Omni 0.30.0: what it builds of a diffusion pipeline, against what is stored.
 
-`check_component` looks at one denoiser, of a folder or of a plan; `check_pipeline` at what one component's configuration does to
+`examine` looks at one denoiser, of a folder or of a plan; `check_pipeline` at what one component's configuration does to
 the others.
 """
 
@@ -34,24 +34,19 @@ def of_talker(finding: Finding) -> Finding:
     )  # fmt: skip
 
 
-def check_component(folder: str, stored: Stored, denoiser: Denoiser, pipeline: str | None) -> list[Finding]:
-    """What the server would find wrong with a denoiser, or would not find: names, dtypes, shapes, its config. Pure, no torch.
-
-    folder    of the component in the pipeline, which findings begin with; "" for a root checkpoint
-    pipeline  `_class_name` of model_index.json; None for a root checkpoint
-    Raises SourceError for a config without its numbers of blocks, UnsupportedError for a method that the server knows and ckptq
-    does not.
-    """
-    return examine(folder, stored, denoiser)[0]
-
-
 def check_pipeline(inventory: Inventory) -> list[Finding]:
     """What the components do to one another. Raises UnsupportedError for a pipeline, or a format, that ckptq does not know."""
     return list(pipeline.check(inventory))
 
 
 def examine(folder: str, stored: Stored, denoiser: Denoiser) -> tuple[list[Finding], Built | None]:
-    """(findings of `check_component`, what the server will build, or None where it builds nothing quantized)."""
+    """(what the server would find wrong with a denoiser, or would not find: names, dtypes, shapes, its config; what it will
+    build, or None where it builds nothing quantized). Pure, no torch.
+
+    folder  of the component in the pipeline, which findings begin with; "" for a root checkpoint
+    Raises SourceError for a config without its numbers of blocks, UnsupportedError for a method that the server knows and ckptq
+    does not.
+    """
     findings, built = _examine(folder, stored, denoiser)
     return [inside(folder, finding) for finding in findings], built
 

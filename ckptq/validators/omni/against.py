@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from ckptq import digest
 from ckptq.checkpoint import Component, Inventory
@@ -13,7 +14,7 @@ from ckptq.folder import open_regular, printable
 from ckptq.join import join
 from ckptq.quantized import dense_if_fp8
 from ckptq.scopes.denoisers import Denoiser
-from ckptq.validators import Code, Finding, error, passthrough, sidecars, warning
+from ckptq.validators import Code, Finding, error, passthrough, record, sidecars, warning
 from ckptq.validators.omni.pipeline import class_of, denoisers_of
 
 CODES = {
@@ -41,11 +42,11 @@ def check(
         return
     theirs = {c.folder: c for c in source.components}
     dense = {c.folder: c for c in dense_if_fp8(source).components}
-    found = denoisers_of(output)
+    found, again = denoisers_of(output), _dequantized(record.body(output.root))
     for component in output.components:
         if component.folder not in theirs:
             yield _other(component.folder, "not in the source")
-        elif _as_stored(component, theirs[component.folder]):
+        elif component.folder not in again and _as_stored(component, theirs[component.folder]):
             yield from _same(output.root, component, source.root, theirs[component.folder], sample=copied is not None)
             advance(component.nbytes)
         else:
@@ -60,6 +61,13 @@ def _other(folder: str, what: str) -> Finding:
         "passthrough.component", folder, "the source's components", what, "this is another pipeline, or a part of it is gone",
         "convert again, or name the source that it was made from",
     )  # fmt: skip
+
+
+def _dequantized(body: Any) -> set[str]:
+    """Folders of components that were dequantized on the way and coded anew, by a ckptq.json: to the same form, it may be."""
+    parts = body.get("components", {"": body}) if isinstance(body, dict) else {}
+    items = parts.items() if isinstance(parts, dict) else ()
+    return {folder for folder, part in items if isinstance(part, dict) and part.get("dequantized")}
 
 
 def _as_stored(ours: Component, theirs: Component) -> bool:

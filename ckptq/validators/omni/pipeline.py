@@ -57,7 +57,7 @@ def refuse_unknown(inventory: Inventory) -> None:
         if kind:
             raise UnsupportedError(f"{printable(name)}: {kind}, which ckptq does not check")
     known = sorted({name for d in all_denoisers() for name in (d.pipelines or d.classes)})
-    if denoisers_of(inventory) or class_of(inventory) in known:
+    if denoisers_of(inventory) or class_of(inventory) in known or any(map(_for_storage, inventory.components)):
         return
     raise UnsupportedError(f"{_called(inventory)}: no denoiser is known for it; known: {', '.join(known)}")
 
@@ -85,7 +85,7 @@ def _method(section: Mapping[str, Any]) -> str:
 
 
 def check(inventory: Inventory) -> Iterator[Finding]:
-    """All findings, one for each place. Raises UnsupportedError as `refuse_unknown`, SourceError as `check_component`."""
+    """All findings, one for each place. Raises UnsupportedError as `refuse_unknown`, SourceError as `examine`."""
     refuse_unknown(inventory)
     found = denoisers_of(inventory)
     yield from _absent(inventory)
