@@ -150,6 +150,11 @@ def _experts(owner: Any, places: Mapping[str, tuple[str, Cast]]) -> Iterator[Non
         yield
 
 
+def cached(scale: float) -> Cast:
+    """What an FP8 cache makes of K or V: the nearest codes, as GPUs have it. vLLM 0.32.0's CPU kernel rounds toward zero."""
+    return partial(_through, _TENSOR, scale)
+
+
 @contextmanager
 def _kv(streamed: StreamedModel, stored: Component, reader: Reader, kv: tuple[str, str], at: Expected) -> Iterator[None]:
     """K and V in FP8, as the cache holds them, where the attention function gets them."""
@@ -161,12 +166,12 @@ def _kv(streamed: StreamedModel, stored: Component, reader: Reader, kv: tuple[st
         for kind, module in zip(("k", "v"), kv, strict=True):
             if place is not None and module and place[1] == f"{module}.weight":
                 scale = _cache_scale(module_of(name), kind, stored, reader)
-                casts[streamed.around(module_of(name)), kind] = partial(_through, _TENSOR, scale)
+                casts[streamed.around(module_of(name)), kind] = cached(scale)
     names = {module.config._attn_implementation for module, _ in casts}
     if missing := sorted(name for name in names if name not in ALL_ATTENTION_FUNCTIONS):
         raise UnsupportedError(f"K and V can't be reached under the attention implementation {missing[0]!r}")
 
-    def cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    def through_cache(function: Callable[..., Any]) -> Callable[..., Any]:
         def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if (module, "k") in casts:
                 key, value = casts[module, "k"](key), casts[module, "v"](value)
@@ -176,7 +181,7 @@ def _kv(streamed: StreamedModel, stored: Component, reader: Reader, kv: tuple[st
 
     before = {name: ALL_ATTENTION_FUNCTIONS[name] for name in names}
     for name, function in before.items():
-        ALL_ATTENTION_FUNCTIONS[name] = cached(function)
+        ALL_ATTENTION_FUNCTIONS[name] = through_cache(function)
     try:
         yield
     finally:
