@@ -47,6 +47,8 @@ def describe(error: Mapping[str, Any], places: Mapping[KeyPath, str], sections: 
     where = f"{dotted(location)} ({place})" if place else dotted(location)
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         section = tuple(part for part in error["loc"][:-1] if isinstance(part, str))
+        if section[:1] == ("components",):  # after which comes the name of one
+            section = ("components", *section[2:])
         return f"{where}: unknown key{_belongs(location, sections) or close(str(location[-1]), sections[section])}"
     if kind == "missing":
         return f"{where}: is required"

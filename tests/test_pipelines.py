@@ -99,6 +99,7 @@ def test_unquantized_tensors_of_a_denoiser_are_the_sources(qwen: Path, tmp_path:
             "components.transformer (line 1): expected keep, a scheme, a storage form or a section",
             "",
         ),
+        ("components: {transformer: {schem: fp8}}", "components.transformer.schem (line 1): unknown key; did you mean scheme?", ""),
         ("components: {scheduler: fp8-storage}", "components.scheduler: it has no weights in safetensors", "text_encoder"),
         (
             "components: {text_encoder: fp8-dynamic}",
