@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptq import __version__
 from ckptq.compare import Comparison
@@ -19,9 +19,12 @@ from ckptq.console import Console, size
 from ckptq.reports import safe_text
 from ckptq.reports.json import plain
 
+if TYPE_CHECKING:
+    from ckptq.compare.behavior import Behavior, SampleGap
+
 SCHEMA = 1
 """Raised when a key changes its meaning or goes: docs/compare.schema.json."""
-_SHOWN = 10
+_SHOWN, _WORST = 10, 3
 """Tensors, outputs and names that people are shown; JSON has them all."""
 
 
@@ -60,6 +63,8 @@ def show(console: Console, found: Comparison) -> None:
         _show_weights(console, found, found.weights)
     if found.images is not None:
         _show_outputs(console, found)
+    if found.behavior is not None:
+        _show_behavior(console, found.behavior)
     measured = [(name, value) for name, value in found.figures.items() if found.weights is None or name not in METRICS["weights"]]
     meanings = {name: meaning for metrics in METRICS.values() for name, meaning in metrics.items()}
     if measured:
@@ -120,6 +125,24 @@ def _unmatched(found: Comparison) -> Iterator[str]:
         names = [safe_text(one.name) for one in found.unmatched if one.found == what]
         more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
         yield f"{what}: {', '.join(names[:_SHOWN])}{more}"
+
+
+def _show_behavior(console: Console, behavior: Behavior) -> None:
+    """Hidden states after each layer, with the module in it that is furthest off, and the samples that are."""
+    rows = []
+    for gap in behavior.layers:
+        worst = max(gap.modules.items(), key=lambda item: item[1], default=("-", math.nan))
+        rows.append((gap.layer, *map(number, (gap.hidden.relative_l2, gap.hidden.cosine, gap.hidden.sqnr_db, worst[1])), worst[0]))
+    columns = ("layer", "relative L2", "cosine", "SQNR dB", "its worst", "module")
+    console.table("Hidden states", columns, rows, right=(0, 1, 2, 3, 4))
+    samples = sorted(behavior.samples, key=lambda sample: -sample.kl_mean)[:_WORST]
+    told = [(safe_text(s.name), s.tokens, *map(number, _losses(s)), safe_text(s.worst)) for s in samples]
+    columns = ("sample", "tokens", "KL", "NLL reference", "candidate", "up to the token that is furthest off")
+    console.table(f"Worst samples ({len(told)} of {len(behavior.samples)})", columns, told, right=(1, 2, 3, 4))
+
+
+def _losses(sample: SampleGap) -> tuple[float, float, float]:
+    return sample.kl_mean, sample.nll_reference, sample.nll_candidate
 
 
 def _show_outputs(console: Console, found: Comparison) -> None:
