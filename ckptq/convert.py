@@ -61,7 +61,7 @@ def convert(job: Prepared, *, resume: bool, device: str, memory: int | None, con
         )
     for finding in job.findings:
         console.warn(f"of the planned output: {finding.code}: {finding.subject}: {finding.found}: {finding.effect}")
-    if job.recipe.calibration.all_experts and (idle := routing.idle(part.scope for part in job.parts)):
+    if getattr(job.recipe.calibration, "all_experts", False) and (idle := routing.idle(part.scope for part in job.parts)):
         console.warn(idle)
     output = Path(job.recipe.output)
     refuse_inside(output, job.source.root)

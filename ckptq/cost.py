@@ -15,6 +15,7 @@ from ckptq.errors import OutputError, RecipeError, SourceError
 from ckptq.plan import Plan
 from ckptq.recipe import Recipe
 from ckptq.scopes import Scope, at_path
+from ckptq.sections import of_models
 from ckptq.threads import threads
 
 IMPORTS = 420 * 10**6
@@ -87,16 +88,16 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, 
                 parameters += tensor.spec.numel
         elif not scope.canonical(name).startswith(f"{scope.head}."):
             resident += tensor.spec.nbytes
-    text = scope.text(component.config)
+    text, settings = scope.text(component.config), of_models(recipe.calibration)
     try:
-        hidden, length = int(text["hidden_size"]), recipe.calibration.sequence_length
+        hidden, length = int(text["hidden_size"]), settings.sequence_length
         intermediate = int(text.get("intermediate_size", widest))  # some families call it otherwise
         head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"config.json: hidden_size and num_attention_heads are needed: {error!r}") from error
     count, chosen = _routing(text, scope, component)
     if count:  # of the experts of a layer, those that a token passes
-        parameters += routed * (chosen + count * recipe.calibration.all_experts) // count
+        parameters += routed * (chosen + count * settings.all_experts) // count
     samples = recipe.calibration.samples if calibrates else 0
     attention = 4 * plan.layer_count * hidden * length / 2
     return Cost(

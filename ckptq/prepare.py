@@ -135,11 +135,6 @@ def prepare(recipe: Recipe, amax: Path | None = None) -> Prepared:
         recipe = recipe.model_copy(update={"calibration": PromptCalibration(source="prompts")})
     told = None
     if isinstance(parts[0].scope, Scope):
-        if calibrates and isinstance(recipe.calibration, PromptCalibration):
-            raise RecipeError(
-                "calibration.source prompts: is for a pipeline's denoiser; a language model is calibrated on samples",
-                hint="choose coco, text, media or builtin",
-            )
         needs = cost.estimate(parts[0].plan, inventory.main, parts[0].scope, recipe, calibrates=calibrates)
     else:
         needs = Cost(resident=0, layer=0, sample=0, passing=0, samples=0, tokens=0, flops=0.0)

@@ -23,7 +23,7 @@ from ckptq.plan import Copy, Observer, Scale, ShardSpec
 from ckptq.prepare import Part, Prepared
 from ckptq.scopes import Scope
 from ckptq.scopes.denoisers import Denoiser
-from ckptq.sections import PromptCalibration
+from ckptq.sections import PromptCalibration, of_models
 from ckptq.validators import Finding
 
 Table = dict[str, float]
@@ -63,7 +63,7 @@ def produce(
         if job.reused is not None:
             reuse.refuse_other_weights(job.reused, part.folder, table)
         tables[part.folder], digests[part.folder] = table, written
-    if told := routing.warning(journal.load("experts") or {}, all_experts=job.recipe.calibration.all_experts):
+    if told := routing.warning(journal.load("experts") or {}, all_experts=getattr(job.recipe.calibration, "all_experts", False)):
         console.warn(told)
     write_files(job, journal, record, tables, digests, console)
     return _checked(job, journal, console)
@@ -262,7 +262,7 @@ def _calibrate(
     from ckptq.encode import Bench, measure
     from ckptq.streamed import StreamedModel
 
-    settings = job.recipe.calibration
+    settings = of_models(job.recipe.calibration)
     component = part.component
     assert isinstance(part.scope, Scope)
     folder = job.source.root / component.folder

@@ -132,10 +132,13 @@ def rules_or_components(value: object, read: ValidatorFunctionWrapHandler, info:
     return rules
 
 
-class _Calibration(Section):
+class _Samples(Section):
     samples: Annotated[int, Field(ge=1)] = 128
-    sequence_length: Annotated[int, Field(ge=8)] = 2048
     seed: int = 0
+
+
+class _Calibration(_Samples):
+    sequence_length: Annotated[int, Field(ge=8)] = 2048
     save_every: Annotated[int, Field(ge=0, le=600)] = 60
     """Seconds between saves of the state; 0 saves after each layer. It is saved between layers: a kill costs what came since."""
     all_experts: bool = False
@@ -174,7 +177,7 @@ class BuiltinCalibration(_Calibration):
     source: Literal["builtin"]
 
 
-class PromptCalibration(_Calibration):
+class PromptCalibration(_Samples):
     """What the denoiser of a pipeline is run with: prompts, given here or in files (.txt one a line, .jsonl), or those built in.
 
     images    for edit pipelines: one goes with each prompt that brings none, in turn
@@ -198,6 +201,18 @@ class PromptCalibration(_Calibration):
 Calibration = Annotated[
     CocoCalibration | TextCalibration | MediaCalibration | BuiltinCalibration | PromptCalibration, Field(discriminator="source")
 ]
+
+
+def of_models(settings: Calibration) -> CocoCalibration | TextCalibration | MediaCalibration | BuiltinCalibration:
+    """The settings, which are for a language model. Raises RecipeError for prompts."""
+    if isinstance(settings, PromptCalibration):
+        raise RecipeError(
+            "calibration.source prompts: is for a pipeline's denoiser; a language model is run on samples",
+            hint="choose coco, text, media or builtin",
+        )
+    return settings
+
+
 SOURCES: Mapping[str, type[Section]] = {
     "coco": CocoCalibration,
     "text": TextCalibration,

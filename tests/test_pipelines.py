@@ -161,6 +161,14 @@ def test_routing_errors(recipe: str, said: str, hint: str | None, qwen: Path, tm
     assert hint is None or hint in (caught.value.hint or "")
 
 
+def test_settings_of_the_other_kind(qwen: Path, tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
+    with pytest.raises(CkptqError, match="prompts: is for a pipeline's denoiser"):
+        job("quantize: [{modules: model.layers, scheme: fp8}]\ncalibration: {source: prompts}\n", example, tmp_path / "out")
+    with pytest.raises(CkptqError, match=r"calibration.all_experts \(line 2\): unknown key here; it belongs to source"):
+        job("components: {transformer: fp8}\ncalibration: {source: prompts, all_experts: true}\n", qwen, tmp_path / "out")
+
+
 def test_components_of_a_plain_model(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
     with pytest.raises(CkptqError, match="is no pipeline: it has no model_index"):

@@ -11,8 +11,7 @@ from ckptq import cost
 from ckptq.calibration import load_samples
 from ckptq.console import Console
 from ckptq.convert import resolve_device
-from ckptq.errors import RecipeError
-from ckptq.sections import Calibration
+from ckptq.sections import Calibration, of_models
 
 if TYPE_CHECKING:
     from ckptq.compare.behavior import Behavior
@@ -30,8 +29,7 @@ def measure(
 
     Raises RecipeError for samples of a denoiser, CalibrationError where there are none, UnsupportedError for what can't be run.
     """
-    if settings.source == "prompts":
-        raise RecipeError("samples of source prompts are for denoisers, which are compared by their outputs")
+    settings = of_models(settings)
     import torch
 
     from ckptq.compare.behavior import measure_behavior
