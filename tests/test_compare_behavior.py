@@ -13,17 +13,23 @@ import transformers
 from corpus.edit import Edit, alter, swap, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers.served import read
 
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import Encoder
+from ckptq.checkpoint import read_inventory
 from ckptq.compare.behavior import Behavior, gap, measure_behavior
+from ckptq.compare.decoded import Decoded, decoded
 from ckptq.compare.head import Head, compare_heads
 from ckptq.compare.spans import judged
 from ckptq.console import Console
 from ckptq.convert import convert
 from ckptq.errors import RecipeError
+from ckptq.numerics import find_numerics
 from ckptq.prepare import prepare
 from ckptq.recipe import load_recipe
+from ckptq.schemes import SCHEMES
+from ckptq.tensors import raw
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "examples" / "tiny-qwen2.5-vl"
@@ -107,6 +113,47 @@ def test_an_answer_is_judged_and_its_prompt_is_not() -> None:
 
 def test_waves_change_nothing(fp8: Path, good: Behavior) -> None:
     assert measure(fp8, memory=1) == good
+
+
+FORMS = {  # recipe: its scheme, the scale of groups and of the whole tensor, and the mean KL that it may have
+    "qwen25vl-lm-fp8-dynamic-modelopt": ("fp8-dynamic", "weight_scale", "", 0.2),
+    "qwen25vl-lm-fp8-block-fp8": ("fp8-block", "weight_scale_inv", "", 0.2),
+    "qwen25vl-lm-int8-compressed-tensors": ("int8", "weight_scale", "", 0.2),
+    "qwen25vl-lm-mxfp8-modelopt": ("mxfp8", "weight_scale", "", 0.2),
+    "qwen25vl-lm-mxfp4-compressed-tensors": ("mxfp4", "weight_scale", "", 2),
+    "qwen25vl-lm-nvfp4a16-modelopt": ("nvfp4a16", "weight_scale", "weight_scale_2", 1),
+}
+
+
+@pytest.mark.parametrize("recipe", FORMS)
+def test_every_format_computes(recipe: str, tmp_path: Path) -> None:
+    """Weights are decoded as ckptq/numerics decodes them, which shares no code with it; and the model still says what it said."""
+    scheme, local, whole, limit = FORMS[recipe]
+    settings = load_recipe(recipe, model=str(SOURCE), output=str(tmp_path / "out"))
+    convert(prepare(settings), resume=False, device="cpu", memory=None, console=Console(quiet=True))
+    inventory = read_inventory(tmp_path / "out")
+    component = decoded(inventory.main)
+    stored = read(tmp_path / "out")
+    with Decoded(inventory.root, component, inventory.main) as reader:
+        for module in (f"model.layers.3.{name}" for name in ("self_attn.k_proj", "mlp.down_proj")):
+            tensor = component.tensors[f"{module}.weight"]
+            values = torch.empty(tensor.spec.shape, dtype=torch.bfloat16)
+            reader.read_into(tensor, 0, raw(values))
+            codes = stored.get(f"{module}.weight", stored.get(f"{module}.weight_packed"))
+            scales = stored[f"{module}.{local}"]
+            factor = float(stored[f"{module}.{whole}"]) if whole else None
+            wanted = find_numerics(SCHEMES[scheme]).decode(codes, SCHEMES[scheme], factor, in_numerics(scales, scheme))
+            assert torch.equal(values, wanted.to(torch.bfloat16))
+            later = torch.empty(values.numel() - 64, dtype=torch.bfloat16)
+            reader.read_into(tensor, 128, raw(later))
+            assert torch.equal(later, values.flatten()[64:])
+    found = measure(tmp_path / "out", SAMPLES[:1])
+    assert 0 < mean(found.kl) < limit
+
+
+def in_numerics(scales: torch.Tensor, scheme: str) -> torch.Tensor:
+    """As ckptq/numerics has them: [rows, 1] of channels."""
+    return scales.reshape(len(scales), -1) if scheme in ("fp8-dynamic", "int8") else scales
 
 
 CLEAR = {

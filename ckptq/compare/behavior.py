@@ -138,8 +138,8 @@ def _side(folder: Path, device: torch.device) -> Iterator[_Side]:
             yield _Side(inventory.main, scope, reader, model, Head(inventory.main, scope, reader, device))
         return
     stored = inventory.main
-    component, codings = decoded(stored)
-    with Decoded(inventory.root, component, codings) as reader:
+    component = decoded(stored)
+    with Decoded(inventory.root, component, stored) as reader:
         model = StreamedModel(inventory.root, component, scope, reader, device)
         with serving(model, stored, _expected(folder, stored, scope), reader, scope.kv):
             yield _Side(component, scope, reader, model, Head(component, scope, reader, device))

@@ -3,112 +3,81 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import numpy as np
 import torch
 
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
+from ckptq.compare.held import PIECE, Area, Desk, Held, decode_area, hold
 from ckptq.errors import DataError
 from ckptq.folder import printable
 from ckptq.tensors import TORCH_DTYPES
-from ckptq.validators.coding import Coding, decode, find_coding
-from ckptq.validators.rounding import Coded, load
+from ckptq.validators.coding import find_coding, number_of
 from ckptq.validators.scales import block_of, scale_kind
-
-PIECE = 1 << 18
-"""Weights that are decoded at a time."""
 
 
 class Decoded(Reader):
-    """Reads weights as BF16 from a component that `decoded` has looked through. Everything else as it is stored."""
+    """Reads the weights of `stored` as BF16, by the names and shapes that `decoded` gives them; all else as it is stored."""
 
-    def __init__(self, root: Path, component: Component, codings: Mapping[str, Coding]) -> None:
+    def __init__(self, root: Path, component: Component, stored: Component) -> None:
+        """Raises DataError for codes whose scales are not there, not finite or no factor."""
         super().__init__(root, component)
-        self._codings = codings
-        self._scales: dict[str, Coded] = {}
+        self._stored = Reader(root, stored)
+        self._held: dict[str, Held] = {}
+        try:
+            for name in component.tensors:
+                if (codes := stored.tensors.get(name, stored.tensors.get(f"{name}_packed"))) is not None and is_coded(
+                    codes, stored
+                ):
+                    held = hold(codes, stored, self._stored)
+                    if isinstance(held, str):
+                        raise DataError(f"{printable(codes.spec.name)}: {held}")
+                    self._held[name] = held
+        except BaseException:
+            self.close()
+            raise
 
     def read_into(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
-        """As Reader.read_into. Raises DataError for scales that are not finite."""
-        coding = self._codings.get(tensor.spec.name)
-        if coding is None:
+        """As Reader.read_into. `start` is even, and of codes in pairs a multiple of four."""
+        held = self._held.get(tensor.spec.name)
+        if held is None:
             super().read_into(tensor, start, buffer)
             return
-        coded = self._coded(tensor.spec.name, coding)
-        columns, out = tensor.spec.shape[-1], torch.frombuffer(buffer, dtype=torch.bfloat16)
-        at, done = start // 2, 0
-        while done < len(out):  # whole rows where there are any, else what is left of one
-            top, left = divmod(at + done, columns)
-            rows = max(1, min((len(out) - done) // columns, PIECE // columns)) if left == 0 else 1
-            width = min(columns - left, len(out) - done) if rows == 1 else columns
-            values = self._values(coding, coded, top, top + rows, left, left + width)
-            out[done : done + rows * width].copy_(torch.from_numpy(values))
-            done += rows * width
+        out, at, desk = torch.frombuffer(buffer, dtype=torch.bfloat16), start // 2, Desk()
+        end = at + len(out)
+        while at < end:
+            top, left = divmod(at, held.columns)
+            rows = min(end - at, PIECE) // held.columns
+            if left or not rows:  # a part of a row
+                area = Area(top, top + 1, left, min(held.columns, left + PIECE, left + end - at))
+            else:
+                area = Area(top, top + rows, 0, held.columns)
+            out[at - start // 2 :][: area.count].copy_(torch.from_numpy(decode_area(held, area, desk)))
+            at += area.count
 
-    def _values(self, coding: Coding, coded: Coded, top: int, bottom: int, left: int, right: int) -> Any:
-        """F32 [(bottom - top) * (right - left)]: several rows are whole ones, and in one row of blocks or under own scales."""
-        grid, packed = coded.grid, coding.number.packed
-        if bottom - top > 1 and grid.high > 1:
-            edge = min(bottom, (top // grid.high + 1) * grid.high)
-            if edge < bottom:
-                parts = (
-                    self._values(coding, coded, top, edge, left, right),
-                    self._values(coding, coded, edge, bottom, left, right),
-                )
-                return np.concatenate(parts)
-        first = (top * grid.columns + left) // packed
-        count = (bottom - top) * (right - left)
-        skip = left % packed
-        codes = memoryview(bytearray(-(-(count + skip) // packed)))
-        self.read_stored(coding.codes, first, codes)
-        values = np.empty(len(codes) * packed, np.float32)
-        decode(codes, values, coding.number)
-        flat = values[skip : skip + count].reshape(bottom - top, right - left)
-        return (flat * coded.over(self._stored, top, bottom, left, right)).reshape(-1)
-
-    @property
-    def _stored(self) -> Reader:
-        return _AsStored(self)
-
-    def _coded(self, name: str, coding: Coding) -> Coded:
-        if name not in self._scales:
-            found = load(coding, self._stored)
-            if found is None:
-                raise DataError(f"{printable(coding.local.spec.name)}: scales that are not finite, or no factor")
-            self._scales[name] = found
-        return self._scales[name]
+    def close(self) -> None:
+        self._stored.close()
+        super().close()
 
 
-class _AsStored(Reader):
-    """The same files, for who reads codes and scales."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._files = reader._files
-        self._dequantizer = self._transposer = None
+def is_coded(tensor: SourceTensor, component: Component) -> bool:
+    """Whether it is a weight in codes, with scales beside it."""
+    return find_coding(tensor, component.tensors, block_of(component.config)) is not None
 
 
-def decoded(component: Component) -> tuple[Component, dict[str, Coding]]:
-    """(the component with BF16 weights in place of codes and without scales, how each of them is stored).
-
-    Raises DataError for codes without scales that fit them.
-    """
-    block = block_of(component.config)
-    codings: dict[str, Coding] = {}
+def decoded(component: Component) -> Component:
+    """The component with BF16 weights in place of codes, and without scales. Raises DataError for codes without scales that fit."""
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in component.tensors.items():
-        coding = find_coding(tensor, component.tensors, block)
-        if coding is not None:
+        number = number_of(tensor)
+        if number is not None and is_coded(tensor, component):
             plain = name.removesuffix("_packed")
-            shape = coding.number.shape(tensor.spec.shape)
-            codings[plain] = coding
-            tensors[plain] = SourceTensor(TensorSpec(plain, "BF16", shape), tensor.file, tensor.offset)
+            tensors[plain] = SourceTensor(TensorSpec(plain, "BF16", number.shape(tensor.spec.shape)), tensor.file, tensor.offset)
         elif scale_kind(name):
             continue
         elif tensor.spec.dtype not in TORCH_DTYPES or tensor.spec.dtype.startswith("F8"):
             raise DataError(f"{printable(name)}: {tensor.spec.dtype} without scales that say what its codes stand for")
         else:
             tensors[name] = tensor
-    return dataclasses.replace(component, tensors=MappingProxyType(tensors)), codings
+    return dataclasses.replace(component, tensors=MappingProxyType(tensors))

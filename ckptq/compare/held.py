@@ -114,7 +114,7 @@ def read(held: Held, area: Area, desk: Desk, out: F64) -> F64:
     first, n, dtype = area.top * held.columns + area.left, area.count, held.tensor.spec.dtype
     out = out[:n]
     if held.coded is not None:
-        np.copyto(out, _decoded(held, held.coded, area, first, desk))
+        np.copyto(out, decode_area(held, area, desk))
         return out
     raw = desk.raw[: n * DTYPE_BYTES[dtype]]
     held.reader.read_into(held.tensor, first * DTYPE_BYTES[dtype], raw)
@@ -128,11 +128,13 @@ def read(held: Held, area: Area, desk: Desk, out: F64) -> F64:
     return out
 
 
-def _decoded(held: Held, coded: Coded, area: Area, first: int, desk: Desk) -> F32:
-    """F32 [n], in the desk's buffer."""
+def decode_area(held: Held, area: Area, desk: Desk) -> F32:
+    """What codes stand for, F32 [n], in the desk's buffer: at most PIECE of them."""
     import numpy as np
 
-    n, number, high = area.count, coded.number, coded.grid.high
+    assert held.coded is not None
+    coded, first, n = held.coded, area.top * held.columns + area.left, area.count
+    number, high = coded.number, coded.grid.high
     codes, values = desk.raw[: n // number.packed], desk.x[:n]
     held.reader.read_into(held.tensor, first // number.packed, codes)
     decode(codes, values, number)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,6 @@ from ckptq.validators.scales import read_scales
 
 Cast = Callable[[torch.Tensor], torch.Tensor]
 _TOKEN, _TENSOR = SCHEMES["fp8-dynamic"], SCHEMES["fp8"]
-_GROUP = replace(SCHEMES["fp8-block"], rows=1)
 
 
 @contextmanager
@@ -91,7 +89,7 @@ def _cast(form: Format, scale: float | None) -> Cast | None:
     if group == 32:
         return partial(_through, SCHEMES["mxfp8" if form.packed == 1 else "mxfp4"], None)
     if form.granularity == "block":
-        return partial(_through, _GROUP, None)
+        return _by_groups
     return partial(_through, _TOKEN, None) if scale is None else partial(_through, _TENSOR, scale)
 
 
@@ -107,6 +105,13 @@ def _through(scheme: Scheme, whole: float | None, values: torch.Tensor) -> torch
         scales = torch.empty(scheme.scale_shape((len(rows), rows.shape[1])), dtype=_DTYPES[scheme.scale], device=rows.device)
     numerics.encode(rows, scheme, whole, codes, scales, desk)
     return numerics.decode(codes, scheme, whole, scales).to(values.dtype).view(values.shape)
+
+
+def _by_groups(values: torch.Tensor) -> torch.Tensor:
+    """FP8 under a scale for each 128 columns of a token, the last of which may be fewer."""
+    columns = values.shape[-1]
+    padded = torch.nn.functional.pad(values, (0, -columns % 128))
+    return _through(_TOKEN, None, padded.reshape(-1, 128)).view(padded.shape)[..., :columns]
 
 
 _DTYPES: Mapping[str, torch.dtype] = {

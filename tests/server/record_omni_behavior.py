@@ -10,6 +10,7 @@ to be.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -47,7 +48,7 @@ def label(found: omni.Loaded, good: omni.Loaded, folder: Path, sound: Path) -> R
     harmless  none of that
     """
     if found.stage != "done":
-        return {"label": "refused", "error": str(found.error)[:300]}
+        return {"label": "refused", "error": anywhere(str(found.error), folder)[:300]}
     lines = [*_processed(found, good)]
     if lines:
         return {"label": "refused", "process": lines[:SHOWN]}
@@ -56,7 +57,7 @@ def label(found: omni.Loaded, good: omni.Loaded, folder: Path, sound: Path) -> R
         "unwritten": [f"{at}/{n}" for at, c in found.components.items() for n in c.unwritten if n not in _of(good, at).unwritten],
         "missing": sorted({*found.missing} - {*good.missing}),
         "cast": sorted({*_cast(found, dtypes(folder))} - {*_cast(good, dtypes(sound))}),
-        "scales": [name for name, sources in scaled.items() if not _equal(sources, folder, sound)],
+        "scales": [name for name, sources in scaled.items() if not sources or not _equal(sources, folder, sound)],
         "gone": [f"{at}/{n}" for at, c in good.components.items() for n in c.linears if n not in _of(found, at).linears],
     }
     told = {what: names[:SHOWN] for what, names in evidence.items() if names}
@@ -67,6 +68,11 @@ def label(found: omni.Loaded, good: omni.Loaded, folder: Path, sound: Path) -> R
     if decoded or apart:
         return {"label": "degraded", "dequantized": decoded[:SHOWN], "encoded again": apart[:SHOWN]}
     return {"label": "harmless"}
+
+
+def anywhere(error: str, folder: Path) -> str:
+    """The error as it reads on any machine: without the place where packages lie, and that of the mutant."""
+    return re.sub(r"/\S*/(?=vllm(_omni)?/)", "", error).replace(str(folder), "MUTANT")
 
 
 def _of(loaded: omni.Loaded, folder: str) -> omni.Component:
@@ -94,17 +100,17 @@ def _cast(found: omni.Loaded, stored: Mapping[str, str]) -> Iterator[str]:
 
 
 def _scales(found: omni.Loaded, good: omni.Loaded) -> Iterator[tuple[str, list[str]]]:
-    """(scale that differs, the weights that its linear is made of)."""
+    """(scale that differs, the stored weights that its linear is made of; none where it is built by another method, so that what is
+    stored says nothing of it).
+    """
     for at, component in found.components.items():
         for name, linear in component.quantized.items():
             other = _of(good, at).linears.get(name)
             for leaf, values in linear.scales.items() if other is not None and other.quantized else ():
                 before = other.scales.get(leaf)
                 if values is not None and before is not None and list(values) != list(before):
-                    yield (
-                        f"{at}/{name}.{leaf}",
-                        [f"{at}/{n.removeprefix(f'{at}/')}" for n in component.parameters[f"{name}.weight"]],
-                    )
+                    made = component.parameters[f"{name}.weight"] if linear.method == other.method else ()
+                    yield f"{at}/{name}.{leaf}", [f"{at}/{n.removeprefix(f'{at}/')}" for n in made]
 
 
 def _equal(names: Iterable[str], folder: Path, sound: Path) -> bool:
