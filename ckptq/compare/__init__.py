@@ -52,6 +52,7 @@ class Comparison:
     figures    {metric: value}, what limits speak of: the metrics of policy.METRICS that were measured
     limits     each with what was found
     sizes      bytes of the weights, or of outputs the number of them: {"reference": ..., "candidate": ...}
+    recipe     by which the candidate was converted, as its ckptq.json has it; None where it has none
     skipped    {"weights", "behavior" or "images": why it was not measured}
     """
 
@@ -66,6 +67,7 @@ class Comparison:
     sizes: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] | None = None
     skipped: Mapping[Part, str] = field(default_factory=dict)
 
     @property
@@ -153,12 +155,23 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
         {side: _nbytes(at) for side, at in zip(("reference", "candidate"), inventories, strict=True)},
         _versions(),
         _settings(asked) if behavior is not None else {},
+        recorded_recipe(opened[1].root),
         skipped,
     )
 
 
 def _nbytes(inventory: Inventory) -> int:
     return sum(component.nbytes for component in inventory.components)
+
+
+def recorded_recipe(folder: Path) -> Mapping[str, Any] | None:
+    """The recipe in a conversion's ckptq.json, without the paths of its sources. Another tool's export has none."""
+    from ckptq.validators import record
+
+    found: Any = record.body(folder)
+    for key in ("job", "recipe"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _settings(asked: Asked) -> dict[str, Any]:

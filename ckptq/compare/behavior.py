@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ from ckptq.unstack import unstack
 from ckptq.validators import Stored, configs, record
 from ckptq.validators.expected import Expected, expect
 from ckptq.validators.servers import DEFAULT
+
+WORST, TOKENS = 4, 512
+"""Samples that are told token by token, and how many tokens of each at most."""
+_ENTERING = -1
+"""In place of a layer's number: before the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,40 @@ class SampleGap:
 
 
 @dataclass(frozen=True, slots=True)
-class Behavior:
-    """What the samples showed. `kl` and what follows it have a value for each judged token, sample by sample."""
+class TokenGap:
+    """Of one judged token: its text, and the text of the token that each model finds likeliest in its place."""
 
+    text: str
+    kl: float
+    nll_reference: float
+    nll_candidate: float
+    reference: str
+    candidate: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorstSample:
+    """A sample of those with the largest mean KL, token by token, with what the user showed and asked."""
+
+    name: str
+    prompt: str | None
+    image: Path | None
+    audio: Path | None
+    tokens: tuple[TokenGap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Behavior:
+    """What the samples showed. `kl` and what follows it have a value for each judged token, sample by sample.
+
+    entering  of the hidden states that enter the first layer: embeddings, and what towers make of images and audio
+    worst     the samples that differ most, worst first
+    """
+
+    entering: Gap
     layers: tuple[LayerGap, ...]
     samples: tuple[SampleGap, ...]
+    worst: tuple[WorstSample, ...]
     kl: tuple[float, ...]
     nll_reference: tuple[float, ...]
     nll_candidate: tuple[float, ...]
@@ -105,9 +139,12 @@ def measure_behavior(
             found += part
             first += count
     gaps = tuple(_sample(number, distances, inputs) for number, distances in found)
+    worst = sorted(found, key=lambda item: -float(item[1].kl.mean()))[:WORST]
     return Behavior(
+        tally.entering(),
         tally.layers(),
         gaps,
+        tuple(_tokens(number, distances, inputs) for number, distances in worst),
         tuple(float(v) for _, d in found for v in d.kl),
         tuple(float(v) for _, d in found for v in d.nll_reference),
         tuple(float(v) for _, d in found for v in d.nll_candidate),
@@ -195,15 +232,17 @@ def _wave(
     with Wave(one.model, inputs.encode) as a, Wave(other.model, inputs.encode) as b:
         a.enter(numbers, memory // 2, console)
         b.enter(numbers[: len(a)], 1 << 62, console)
+        for before, after in zip(a.hidden(), b.hidden(), strict=True):
+            tally.add(_ENTERING, "", before, after)
         with console.stage("compare", a.depth, "layers") as advance:
             for layer, _ in zip(a.layers(), b.layers(), strict=True):
-                with _watching(one.model, layer) as before, _watching(other.model, layer) as after:
+                with _watching(one.model, layer) as given, _watching(other.model, layer) as found:
                     for place in range(len(a)):
                         a.step_one(place)
                         b.step_one(place)
                         tally.add(layer, "", a.hidden()[place], b.hidden()[place])
-                        for name in before:
-                            tally.add(layer, name, before[name], after[name])
+                        for name in given:
+                            tally.add(layer, name, given[name], found[name])
                 advance(1)
         last = [wave.hidden() for wave in (a, b)]
     states = [_normed(side, hidden) for side, hidden in zip(sides, last, strict=True)]
@@ -217,8 +256,7 @@ def _wave(
 
 
 def _split(distances: Distances, sizes: Sequence[int]) -> list[Distances]:
-    values = (distances.kl, distances.nll_reference, distances.nll_candidate, distances.same_top)
-    parts = [torch.split(t, list(sizes)) for t in values]
+    parts = [torch.split(getattr(distances, field.name), list(sizes)) for field in fields(Distances)]
     return [Distances(*values) for values in zip(*parts, strict=True)]
 
 
@@ -270,8 +308,11 @@ class _Tally:
         for i, value in enumerate(found):
             known[i] += value
 
+    def entering(self) -> Gap:
+        return gap(*self.sums[_ENTERING, ""])
+
     def layers(self) -> tuple[LayerGap, ...]:
-        numbers = sorted({layer for layer, _ in self.sums})
+        numbers = sorted({layer for layer, _ in self.sums} - {_ENTERING})
         names = list(dict.fromkeys(name for _, name in self.sums if name))
         return tuple(
             LayerGap(n, gap(*self.sums[n, ""]), {m: gap(*self.sums[n, m]).relative_l2 for m in names if (n, m) in self.sums})
@@ -296,3 +337,14 @@ def _sample(number: int, distances: Distances, inputs: _Samples) -> SampleGap:
     text = inputs.encoder.text(ids[max(0, at - 12) : at + 1])
     mean = [float(values.mean()) for values in (distances.kl, distances.nll_reference, distances.nll_candidate)]
     return SampleGap(inputs.samples[number].name, len(span), mean[0], float(distances.kl.max()), mean[1], mean[2], text)
+
+
+def _tokens(number: int, distances: Distances, inputs: _Samples) -> WorstSample:
+    sample, text = inputs.samples[number], inputs.encoder.text
+    ids = inputs.ids[number][inputs.spans[number].start :]
+    values = zip(*(getattr(distances, field.name).tolist() for field in fields(Distances)), strict=True)
+    tokens = tuple(
+        TokenGap(text([came]), kl, nll_reference, nll_candidate, text([ours]), text([theirs]))
+        for came, (kl, nll_reference, nll_candidate, ours, theirs) in zip(ids[:TOKENS], values, strict=False)
+    )
+    return WorstSample(sample.name, sample.prompt, sample.image, sample.audio, tokens)

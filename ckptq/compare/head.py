@@ -24,12 +24,18 @@ ROWS, TOKENS = 4096, 1024
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """Of each position [N]: KL(reference || candidate), both losses of the token that came, whether the likeliest tokens agree."""
+    """Of each position [N]: KL(reference || candidate), both losses of the token that came, the token that each finds likeliest."""
 
     kl: torch.Tensor
     nll_reference: torch.Tensor
     nll_candidate: torch.Tensor
-    same_top: torch.Tensor
+    top_reference: torch.Tensor
+    top_candidate: torch.Tensor
+
+    @property
+    def same_top(self) -> torch.Tensor:
+        """Whether these agree, bool [N]."""
+        return self.top_reference == self.top_candidate
 
 
 class Head:
@@ -95,7 +101,7 @@ def compare_heads(reference: Head, candidate: Head, hidden: tuple[torch.Tensor, 
     ends = [state.largest.double() + state.total.log() for state in states]
     kl = product / states[0].total - ends[0] + ends[1]
     nll = [end - state.told.double() for end, state in zip(ends, states, strict=True)]
-    return Distances(kl.clamp(min=0).cpu(), nll[0].cpu(), nll[1].cpu(), (states[0].top == states[1].top).cpu())
+    return Distances(*(found.cpu() for found in (kl.clamp(min=0), *nll, *(state.top for state in states))))
 
 
 class _State:

@@ -24,7 +24,9 @@ METRICS: Mapping[Part, Mapping[str, str]] = MappingProxyType(
         },
         "behavior": {
             "kl_mean": "KL divergence of the next token's distribution, mean over tokens, nats",
-            "kl_p99": "the same, 99th percentile",
+            "kl_mean_low": "lower end of its 95 % bootstrap interval over samples",
+            "kl_mean_high": "upper end",
+            "kl_p99": "the KL of a token, 99th percentile",
             "kl_max": "the same, largest",
             "top1_agreement": "share of tokens at which both find the same one likeliest",
             "perplexity_reference": "perplexity of the reference",

@@ -41,14 +41,23 @@ def data(found: Comparison) -> dict[str, Any]:
         "limits": [{**asdict(j.limit), "limit": str(j.limit), "found": j.found, "broken": j.broken} for j in found.limits],
         "weights": None if found.weights is None else [asdict(error) for error in found.weights],
         "unmatched": [asdict(one) for one in found.unmatched],
-        "behavior": None if found.behavior is None else asdict(found.behavior),
+        "behavior": None if found.behavior is None else _behavior(found.behavior),
         "images": None if found.images is None else found.images.data(),
         "sizes": dict(found.sizes),
         "versions": dict(found.versions),
         "settings": dict(found.settings),
+        "recipe": found.recipe,
         "skipped": dict(found.skipped),
     }
     said: dict[str, Any] = plain(body)
+    return said
+
+
+def _behavior(found: Behavior) -> dict[str, Any]:
+    """Of files their names: paths are nobody else's business."""
+    said = asdict(found)
+    for sample in said["worst"]:
+        sample |= {kind: path.name if (path := sample[kind]) else None for kind in ("image", "audio")}
     return said
 
 
@@ -129,7 +138,8 @@ def _unmatched(found: Comparison) -> Iterator[str]:
 
 def _show_behavior(console: Console, behavior: Behavior) -> None:
     """Hidden states after each layer, with the module in it that is furthest off, and the samples that are."""
-    rows = []
+    first = behavior.entering
+    rows: list[tuple[object, ...]] = [("in", number(first.relative_l2), number(first.cosine), number(first.sqnr_db), "-", "-")]
     for gap in behavior.layers:
         worst = max(gap.modules.items(), key=lambda item: item[1], default=("-", math.nan))
         rows.append((gap.layer, *map(number, (gap.hidden.relative_l2, gap.hidden.cosine, gap.hidden.sqnr_db, worst[1])), worst[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,8 +57,13 @@ def figures(found: Behavior) -> dict[str, float]:
     kl = np.array(found.kl)
     reference, candidate = np.array(found.nll_reference), np.array(found.nll_candidate)
     means = float(reference.mean()), float(candidate.mean())
+    tokens = [sample.tokens for sample in found.samples]
+    ends = ("low", "high")
+    apart = interval(tokens, [sample.kl_mean for sample in found.samples])
+    losses = interval(tokens, [sample.nll_candidate - sample.nll_reference for sample in found.samples])
     return {
         "kl_mean": float(kl.mean()),
+        **{f"kl_mean_{end}": value for end, value in zip(ends, apart, strict=False)},
         "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_max": float(kl.max()),
         "top1_agreement": float(np.mean(found.same_top)),
@@ -68,21 +73,24 @@ def figures(found: Behavior) -> dict[str, float]:
         "nll_reference": means[0],
         "nll_candidate": means[1],
         "nll_difference": means[1] - means[0],
-        **dict(zip(("nll_difference_low", "nll_difference_high"), interval(found), strict=False)),
+        **{f"nll_difference_{end}": value for end, value in zip(ends, losses, strict=False)},
         "hidden_relative_l2_last": found.layers[-1].hidden.relative_l2,
     }
 
 
-def interval(found: Behavior) -> Iterator[float]:
-    """The ends of the mean NLL's difference: percentiles 2.5 and 97.5 over draws of whole samples, the same for both models.
+def interval(tokens: Sequence[int], means: Sequence[float]) -> tuple[float, ...]:
+    """The ends of the 95 % interval of a mean over tokens: percentiles 2.5 and 97.5 over draws of whole samples.
 
-    Tokens of one sample go together, so samples are what is drawn. Nothing for fewer than two.
+    tokens  judged ones of each sample    means  over each sample's tokens
+
+    Tokens of one sample go together, so samples are what is drawn. () for fewer than two.
     """
     import numpy as np
 
-    counts = np.array([sample.tokens for sample in found.samples])
-    if len(counts) < 2:
-        return
-    sums = np.array([sample.tokens * (sample.nll_candidate - sample.nll_reference) for sample in found.samples])
+    if len(tokens) < 2:
+        return ()
+    counts = np.array(tokens)
+    sums = counts * np.array(means)
     drawn = np.random.default_rng(SEED).integers(0, len(counts), (DRAWS, len(counts)))
-    yield from map(float, np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975))
+    return float(low), float(high)
