@@ -17,22 +17,11 @@ import torch
 
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import Encoder
-from ckptq.checkpoint import Component, Reader, read_inventory
-from ckptq.compare.decoded import Decoded, decoded
-from ckptq.compare.head import Distances, Head, compare_heads
-from ckptq.compare.served import serving
-from ckptq.compare.spans import judged
+from ckptq.compare.head import Distances, compare_heads, split
+from ckptq.compare.sides import Samples, Side, chosen, normed, open_side, refuse_others
 from ckptq.console import Console
-from ckptq.errors import CalibrationError, RecipeError, UnsupportedError
-from ckptq.lockstep import Inputs, Wave
-from ckptq.quantized import describe
-from ckptq.scopes import Scope
-from ckptq.spelled import scope_to_validate
+from ckptq.lockstep import Wave
 from ckptq.streamed import StreamedModel
-from ckptq.unstack import unstack
-from ckptq.validators import Stored, configs, record
-from ckptq.validators.expected import Expected, expect
-from ckptq.validators.servers import DEFAULT
 
 WORST, TOKENS = 4, 512
 """Samples that are told token by token, and how many tokens of each at most."""
@@ -128,11 +117,11 @@ def measure_behavior(
     Raises UnsupportedError for checkpoints that can't be compared or computed, CalibrationError for samples without judged tokens.
     """
     encoder = Encoder(reference, max_pixels, sequence_length)
-    inputs = _Samples(encoder, samples)
+    inputs = Samples(encoder, samples)
     tally, found = _Tally(), list[tuple[int, Distances]]()
     with ExitStack() as stack, torch.inference_mode():
-        sides = [stack.enter_context(_side(folder, device)) for folder in (reference, candidate)]
-        _refuse_others(sides[0], sides[1])
+        sides = [stack.enter_context(open_side(folder, device)) for folder in (reference, candidate)]
+        refuse_others(sides[0], sides[1])
         first = 0
         while first < len(samples):
             count, part = _wave(sides, inputs, range(first, len(samples)), memory, tally, console)
@@ -152,80 +141,8 @@ def measure_behavior(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    component: Component
-    scope: Scope
-    reader: Reader
-    model: StreamedModel
-    head: Head
-
-
-@contextmanager
-def _side(folder: Path, device: torch.device) -> Iterator[_Side]:
-    """A checkpoint as it computes, streamed."""
-    inventory = read_inventory(folder)
-    if inventory.pipeline is not None:
-        raise UnsupportedError(f"{folder}: what a pipeline does is compared by its outputs", hint="give two folders of images")
-    scope, _ = scope_to_validate(inventory.main.config, None, lambda: record.body(folder))
-    if not describe(inventory.main):
-        inventory = unstack(inventory, scope)
-        with Reader(inventory.root, inventory.main) as reader:
-            model = StreamedModel(inventory.root, inventory.main, scope, reader, device)
-            yield _Side(inventory.main, scope, reader, model, Head(inventory.main, scope, reader, device))
-        return
-    stored = inventory.main
-    component = decoded(stored)
-    with Decoded(inventory.root, component, stored) as reader:
-        model = StreamedModel(inventory.root, component, scope, reader, device)
-        with serving(model, stored, _expected(folder, stored, scope), reader, scope.kv):
-            yield _Side(component, scope, reader, model, Head(component, scope, reader, device))
-
-
-def _expected(folder: Path, component: Component, scope: Scope) -> Expected:
-    from ckptq.validate import other_config
-
-    other, _ = other_config(folder, idle=isinstance(component.config.get("quantization_config"), dict))
-    stored = Stored(component.config, other, {name: tensor.spec for name, tensor in component.tensors.items()})
-    settings, findings = configs.read(stored, scope, DEFAULT)
-    if settings is None:
-        raise UnsupportedError(f"{folder}: {findings[0].subject}: expected {findings[0].expected}, found {findings[0].found}")
-    return expect(stored, scope, settings)
-
-
-def _refuse_others(one: _Side, other: _Side) -> None:
-    pairs = {
-        "architecture": (one.scope.name, other.scope.name),
-        "number of layers": (len(one.model.layers), len(other.model.layers)),
-        "vocabulary": (one.head.size, other.head.size),
-    }
-    for what, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise RecipeError(
-                f"reference and candidate differ in their {what}: {theirs} and {ours}", hint="compare two of one model"
-            )
-
-
-class _Samples:
-    """Encodes samples, and knows which of their tokens are judged once they have been."""
-
-    def __init__(self, encoder: Encoder, samples: Sequence[Sample]) -> None:
-        self.encoder, self.samples = encoder, samples
-        self.ids: dict[int, list[int]] = {}
-        self.spans: dict[int, range] = {}
-
-    def encode(self, number: int) -> Inputs:
-        inputs = self.encoder.encode(self.samples[number])
-        if number not in self.spans:
-            self.ids[number] = inputs["input_ids"][0].tolist()
-            self.spans[number] = span = judged(self.samples[number], inputs, self.encoder.tokens)
-            if not span:
-                raise CalibrationError(f"{self.samples[number].name}: too short to judge: it has one token")
-        return inputs
-
-
 def _wave(
-    sides: Sequence[_Side], inputs: _Samples, numbers: range, memory: int, tally: _Tally, console: Console
+    sides: Sequence[Side], inputs: Samples, numbers: range, memory: int, tally: _Tally, console: Console
 ) -> tuple[int, list[tuple[int, Distances]]]:
     """(how many samples passed, what the distributions of each are apart)."""
     one, other = sides
@@ -245,33 +162,13 @@ def _wave(
                             tally.add(layer, name, given[name], found[name])
                 advance(1)
         last = [wave.hidden() for wave in (a, b)]
-    states = [_normed(side, hidden) for side, hidden in zip(sides, last, strict=True)]
-    spans = [inputs.spans[number] for number in numbers[: len(last[0])]]
-    device = states[0][0].device
-    tokens = [torch.tensor([inputs.ids[n][t] for t in span], device=device) for n, span in zip(numbers, spans, strict=False)]
+    states = [normed(side, hidden) for side, hidden in zip(sides, last, strict=True)]
+    numbers = numbers[: len(last[0])]
+    tokens = inputs.came(numbers).to(one.model.device)
     with console.stage("heads", 1):
-        chosen = [torch.cat([h[0, s.start - 1 : s.stop - 1] for h, s in zip(state, spans, strict=True)]) for state in states]
-        distances = compare_heads(one.head, other.head, (chosen[0], chosen[1]), torch.cat(tokens))
-    return len(spans), list(zip(numbers, _split(distances, [len(span) for span in spans]), strict=False))
-
-
-def _split(distances: Distances, sizes: Sequence[int]) -> list[Distances]:
-    parts = [torch.split(getattr(distances, field.name), list(sizes)) for field in fields(Distances)]
-    return [Distances(*values) for values in zip(*parts, strict=True)]
-
-
-def _normed(side: _Side, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What goes into the output head: the decoder's last norm, of each sample's last hidden state."""
-    decoder = side.model.decoder
-    norms = [name for name, _ in decoder.named_children() if "norm" in name]
-    if len(norms) != 1:
-        raise UnsupportedError(f"{type(decoder).__name__} of transformers: expected one norm after the layers, found {norms}")
-    side.model.load_resident(within=f"{side.model.decoder_name}.{norms[0]}")
-    try:
-        norm = decoder.get_submodule(norms[0])
-        return [norm(state) for state in hidden]
-    finally:
-        side.model.drop_resident()
+        before, after = (chosen(state, inputs, numbers) for state in states)
+        distances = compare_heads(one.head, other.head, (before, after), tokens)
+    return len(numbers), list(zip(numbers, split(distances, [len(inputs.spans[n]) for n in numbers]), strict=True))
 
 
 @contextmanager
@@ -330,7 +227,7 @@ def gap(error: float, reference: float, candidate: float, product: float) -> Gap
     return Gap(relative, cosine, -20 * math.log10(relative))
 
 
-def _sample(number: int, distances: Distances, inputs: _Samples) -> SampleGap:
+def _sample(number: int, distances: Distances, inputs: Samples) -> SampleGap:
     span, ids = inputs.spans[number], inputs.ids[number]
     worst = int(distances.kl.argmax())
     at = span.start + worst
@@ -339,7 +236,7 @@ def _sample(number: int, distances: Distances, inputs: _Samples) -> SampleGap:
     return SampleGap(inputs.samples[number].name, len(span), mean[0], float(distances.kl.max()), mean[1], mean[2], text)
 
 
-def _tokens(number: int, distances: Distances, inputs: _Samples) -> WorstSample:
+def _tokens(number: int, distances: Distances, inputs: Samples) -> WorstSample:
     sample, text = inputs.samples[number], inputs.encoder.text
     ids = inputs.ids[number][inputs.spans[number].start :]
     values = zip(*(getattr(distances, field.name).tolist() for field in fields(Distances)), strict=True)

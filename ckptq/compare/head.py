@@ -7,8 +7,8 @@ KL(p || q) = t / s_p - (m_p + log s_p) + (m_q + log s_q).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -102,6 +102,12 @@ def compare_heads(reference: Head, candidate: Head, hidden: tuple[torch.Tensor, 
     kl = product / states[0].total - ends[0] + ends[1]
     nll = [end - state.told.double() for end, state in zip(ends, states, strict=True)]
     return Distances(*(found.cpu() for found in (kl.clamp(min=0), *nll, *(state.top for state in states))))
+
+
+def split(distances: Distances, sizes: Sequence[int]) -> list[Distances]:
+    """Those of samples behind one another, sample by sample, which have that many positions each."""
+    parts = [torch.split(getattr(distances, field.name), list(sizes)) for field in fields(Distances)]
+    return [Distances(*values) for values in zip(*parts, strict=True)]
 
 
 class _State:

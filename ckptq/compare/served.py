@@ -8,7 +8,7 @@ differ, vLLM rounds some of them a second time at load, which is not done here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -39,31 +39,38 @@ def serving(streamed: StreamedModel, stored: Component, at: Expected, reader: Re
     Raises DataError for a scale that is missing or no number, UnsupportedError where an attention can't be reached.
     """
     with ExitStack() as hooks:
-        experts: dict[Any, dict[str, tuple[str, Cast]]] = {}
+        experts: dict[Any, dict[str, list[str]]] = {}
         for linear in dict.fromkeys(at.linears.values()):
-            form = at.format_of(linear.shards[0])
-            if form is None:
+            form, there = at.format_of(linear.shards[0]), [m for m in linear.shards if f"{m}.weight" in streamed.names]
+            if form is None or not there:
                 continue
-            cast = _cast(form, _input_scale(form, linear.shards, stored, reader))
-            if cast is None:
-                continue
-            for module in linear.shards:
-                if f"{module}.weight" not in streamed.names:
-                    continue
-                if streamed.parameter(module) == "weight":
+            if (parameter := streamed.parameter(there[0])) != "weight":
+                experts.setdefault(streamed.module(there[0]), {}).setdefault(parameter, []).extend(there)
+            elif cast := _cast(form, _input_scale(form, linear.shards, stored, reader)):
+                for module in there:
                     hook = streamed.module(module).register_forward_pre_hook(partial(_cast_input, cast))
                     hooks.callback(hook.remove)
-                else:
-                    experts.setdefault(streamed.module(module), {})[streamed.parameter(module)] = (module, cast)
-        for owner, places in experts.items():
-            hooks.enter_context(_experts(owner, places))
+        for owner, parameters in experts.items():
+            places: dict[str, tuple[str, Cast]] = {}
+            for parameter, modules in parameters.items():
+                form = at.format_of(modules[0])
+                if form and (cast := _cast(form, _input_scale(form, modules, stored, reader, experts=True))):
+                    places[parameter] = modules[0], cast
+            if places:
+                hooks.enter_context(_experts(owner, places))
         if at.settings.kv_fp8:
             hooks.enter_context(_kv(streamed, stored, reader, kv, at))
         yield
 
 
-def _input_scale(form: Format, shards: tuple[str, ...], stored: Component, reader: Reader) -> float | None:
-    """The scale by which inputs are multiplied back, of fused shards the largest; None where the server takes none."""
+def _input_scale(
+    form: Format, shards: Sequence[str], stored: Component, reader: Reader, *, experts: bool = False
+) -> float | None:
+    """The scale by which inputs are multiplied back, of fused shards the largest; None where the server takes none.
+
+    experts  `shards` are those of all routed experts of a layer: they share what the server makes of it. vLLM 0.32.0
+             quantization/utils/fp8_utils.py process_fp8_input_tensor_strategy_moe; of NVFP4 some kernels let each have its own
+    """
     kinds = [scales.kind for scales in form.scales if scales.of_input and scales.kind not in form.dropped]
     if not kinds:
         return None
@@ -73,7 +80,10 @@ def _input_scale(form: Format, shards: tuple[str, ...], stored: Component, reade
     values = [float(scale[0]) for tensor in found if tensor and (scale := read_scales(reader, tensor)) is not None]
     if len(values) != len(shards) or not all(0 < value < float("inf") for value in values):
         raise DataError(f"{shards[0]}.{kinds[0]}: expected a positive number", hint=_HINT)
-    return 1 / min(values) if kinds[0] == "input_global_scale" else max(values)
+    if kinds[0] != "input_global_scale":
+        return max(values)
+    # Divisors: compressed_tensors_w4a4_nvfp4.py takes the largest of shards, its MoE method the largest reciprocal.
+    return 1 / (min(values) if experts else max(values))
 
 
 _HINT = "`ckptq validate` says all that is wrong with it"
