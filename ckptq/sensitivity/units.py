@@ -1,0 +1,79 @@
+"""What a server can leave unquantized by itself: the shards of a fused linear, or all routed experts of a layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ckptq.checkpoint import SourceTensor
+from ckptq.compare.sides import Side
+from ckptq.errors import RecipeError
+from ckptq.plan import module_of
+from ckptq.scopes import Scope
+from ckptq.validators.vllm_rules import ServerLinear
+
+_OF_CACHE = (".k_scale", ".v_scale")
+"""These stay where the projection beside them does, for the cache is another choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One of them, as the candidate quantizes it.
+
+    name      as servers fuse it: model.layers.3.self_attn.qkv_proj
+    modules   in transformers' layer: self_attn.q_proj, or of routed experts the module that holds those of all
+    patterns  what a recipe's `keep` names for it to stay
+    saved     bytes by which the candidate's is smaller than the reference's
+    """
+
+    layer: int
+    name: str
+    modules: tuple[str, ...]
+    patterns: tuple[str, ...]
+    saved: int
+
+
+def find_units(reference: Side, candidate: Side) -> tuple[Unit, ...]:
+    """The units that the candidate quantizes, by layer. Raises RecipeError where there are none.
+
+    What it quantizes outside of the decoder layers is none of them: no shipped recipe does so.
+    """
+    at, scope = candidate.expected, candidate.scope
+    grouped: dict[str, list[ServerLinear]] = {}
+    for linear in dict.fromkeys(at.linears.values() if at else ()):
+        if at and linear.part in ("layers", "experts") and at.format_of(linear.shards[0]) is not None:
+            grouped.setdefault(linear.prefix, []).append(linear)
+    if not grouped:
+        raise RecipeError("the candidate quantizes no linear of a decoder layer: there is nothing to rank")
+    before, after = (_module_bytes(scope, side.stored.tensors.values()) for side in (reference, candidate))
+    found = (_unit(candidate, linears, before, after) for linears in grouped.values())
+    return tuple(sorted(found, key=lambda unit: unit.layer))
+
+
+def _unit(side: Side, linears: list[ServerLinear], before: Counter[str], after: Counter[str]) -> Unit:
+    scope, model = side.scope, side.model
+    shards = [shard for linear in linears for shard in linear.shards if f"{shard}.weight" in model.names]
+    place = scope.layer_of(f"{shards[0]}.weight")
+    assert place is not None  # it is a linear of a layer
+    layer, runtime = place[0], linears[0].prefix.removeprefix(f"{scope.server_layers}.{place[0]}.")
+    names = {id(module): name for name, module in model.layers[layer].named_modules()}
+    canonical = [scope.canonical(shard) for shard in shards]
+    patterns = canonical if linears[0].part == "layers" else [module_of(module_of(name)) for name in canonical]
+    return Unit(
+        layer,
+        f"{scope.layers}.{layer}.{runtime}",
+        tuple(dict.fromkeys(names[id(model.module(shard))] for shard in shards)),
+        tuple(dict.fromkeys(patterns)),
+        sum(before[name] - after[name] for name in canonical),
+    )
+
+
+def _module_bytes(scope: Scope, tensors: Iterable[SourceTensor]) -> Counter[str]:
+    """{canonical module: bytes of what it stores}."""
+    found: Counter[str] = Counter()
+    for tensor in tensors:
+        name = scope.canonical(tensor.spec.name)
+        if not name.endswith(_OF_CACHE):
+            found[module_of(name)] += tensor.spec.nbytes
+    return found
