@@ -1,5 +1,6 @@
 # make demo   sets everything up and converts the example model
 # make test   sets everything up, the real server included, and runs all tests
+# make browser  installs what reports are looked at with in tests: Chromium, on Debian
 # Each environment is made once, and again when what it is made from changes.
 
 PYTHON ?= python3
@@ -8,8 +9,10 @@ WORKERS ?= 2
 BIN := .venv/bin
 SERVER := .venv-vllm/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format docs browser clean
 
 demo: .venv/installed
 	rm -rf out/demo
@@ -50,6 +53,10 @@ docs: .venv/installed
 	$(SERVER)/pip install $(PIP_FLAGS) --upgrade --no-deps --no-compile --target .venv-vllm/omni -r constraints-omni.txt
 	cp tests/server/shim/sitecustomize.py "$$($(SERVER)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
+
+browser:
+	command -v chromium || command -v google-chrome || \
+		{ $(APT) update && $(APT) install --no-install-recommends chromium fonts-dejavu-core; }
 
 clean:
 	rm -rf .venv .venv-vllm out build dist *.egg-info

@@ -41,6 +41,7 @@ def test_what_is_in_it(wheel: Path) -> None:
     expected = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "ckptq").rglob("*.py")}
     expected |= {f"ckptq/recipes/{name}.yaml" for name in shipped()} | {"ckptq/py.typed"}
     expected |= {f"ckptq/calibration/{name}.txt" for name in ("builtin", "prompts")}
+    expected |= {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "ckptq/compare/report").iterdir() if p.is_file()}
     assert {n for n in names if ".dist-info/" not in n} == expected
 
 

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 Report = Literal["html", "json"]
 _SAMPLES = "Run both models on"
+TextOption = Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help=f"{_SAMPLES} these texts; repeatable.")]
+CocoOption = Annotated[
+    tuple[str, str] | None, typer.Option("--coco", metavar="IMAGES ANNOTATIONS", help=f"{_SAMPLES} images with captions.")
+]
+SamplesOption = Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="How many samples.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Which ones.")]
+LengthOption = Annotated[int | None, typer.Option("--sequence-length", metavar="N", min=8, help="Tokens of a sample, at most.")]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where to compute: auto, cpu, cuda or cuda:N.")]
+MemoryOption = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Limit on that device, e.g. 16GB.")]
 
 
 def compare(
@@ -26,20 +35,20 @@ def compare(
         str, typer.Argument(metavar="CANDIDATE", help="The same: what is judged. Or both are folders of images, or videos' frames.")
     ],
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Compare tensors alone: run no samples.")] = False,
-    text: Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help=f"{_SAMPLES} these texts; repeatable.")] = None,
-    coco: Annotated[
-        tuple[str, str] | None, typer.Option("--coco", metavar="IMAGES ANNOTATIONS", help=f"{_SAMPLES} images with captions.")
-    ] = None,
+    text: TextOption = None,
+    coco: CocoOption = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             "--recipe", metavar="RECIPE", help=f"{_SAMPLES} its quality.samples or else calibration; its limits count, too."
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="How many samples.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Which ones.")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option("--sequence-length", metavar="N", min=8, help="Tokens of a sample, at most.")
+    samples: SamplesOption = None,
+    seed: SeedOption = None,
+    sequence_length: LengthOption = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="OTHER", help="Another candidate, on the same samples: whose KL is smaller?"),
     ] = None,
     fail_on: Annotated[
         list[str] | None,
@@ -54,10 +63,8 @@ def compare(
         list[float] | None, typer.Option("--reference-peak-memory-mb", metavar="MIB", min=0, help="Of outputs: its device's peak.")
     ] = None,
     candidate_memory: Annotated[list[float] | None, typer.Option("--candidate-peak-memory-mb", metavar="MIB", min=0)] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="Where to compute: auto, cpu, cuda or cuda:N.")
-    ] = "auto",
-    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Limit on that device, e.g. 16GB.")] = None,
+    device: DeviceOption = "auto",
+    memory: MemoryOption = None,
     format: Annotated[
         Literal["human", "json"], typer.Option("--format", help="human: tables; json: one object on stdout.")
     ] = "human",
@@ -80,10 +87,12 @@ def compare(
         reference,
         candidate,
         tuple(policy.parse_policy(limit) for limit in limits),
-        *_samples(text, coco, told, {key: value for key, value in chosen.items() if value is not None}, weights_only=weights_only),
+        *samples_of(text, coco, told, chosen, weights_only=weights_only),
         generations=_generations(reference_seconds, reference_memory, candidate_seconds, candidate_memory),
         device=device,
         memory=size_option("--memory", memory),
+        scope=told.scope if told else None,
+        baseline=baseline or "",
     )
     console = Console(format)
     found = run(asked, console)
@@ -93,20 +102,24 @@ def compare(
     raise typer.Exit(found.exit_code)
 
 
-def _samples(
+def samples_of(
     text: list[str] | None,
     coco: tuple[str, str] | None,
     recipe: Recipe | None,
-    chosen: dict[str, Any],
+    given: dict[str, int | None],
     *,
-    weights_only: bool,
+    weights_only: bool = False,
 ) -> tuple[Calibration | None, str]:
-    """(what to run both models on, or None; the option that asked for it). Raises RecipeError for what does not go together."""
+    """(what to run both models on, or None; the option that asked for it). Raises RecipeError for what does not go together.
+
+    given  settings of samples: those that are None were not asked for
+    """
     from ckptq.errors import RecipeError
     from ckptq.sections import BuiltinCalibration, CocoCalibration, TextCalibration
 
-    given = {"--text": bool(text), "--coco": coco is not None, "--recipe": recipe is not None}
-    named = [option for option, there in given.items() if there]
+    chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    sources = {"--text": bool(text), "--coco": coco is not None, "--recipe": recipe is not None}
+    named = [option for option, there in sources.items() if there]
     options = [*named, *(f"--{key.replace('_', '-')}" for key in chosen)]
     if len(named) > 1:
         raise RecipeError(f"{' and '.join(named)}: expected one source of samples")
@@ -135,8 +148,6 @@ def _generations(*given: list[float] | None) -> tuple[Generation, Generation] | 
 
 def _destinations(options: list[str] | tuple[()]) -> dict[Path, Report]:
     """`--report html=FILE` options as {file: format}. Raises OutputError for another form, or a folder that is not there."""
-    from importlib.util import find_spec
-
     from ckptq.errors import OutputError
 
     found: dict[Path, Report] = {}
@@ -145,8 +156,6 @@ def _destinations(options: list[str] | tuple[()]) -> dict[Path, Report]:
         path = Path(name)
         if kind not in get_args(Report) or not name:
             raise OutputError(f"--report {option}: expected FORMAT=FILE with html or json for the format")
-        if kind == "html" and find_spec("ckptq.compare.report") is None:
-            raise OutputError(f"--report {option}: this version writes no HTML", hint="json=FILE holds all of it")
         if path.is_dir() or not path.parent.is_dir():
             what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
             raise OutputError(f"--report {option}: can't be written: {what}", hint="make the folder first, and name a file in it")
@@ -160,7 +169,6 @@ def _written(kind: Report, found: Comparison) -> str:
         from ckptq.compare import render
 
         return render.text(found)
-    import importlib
+    from ckptq.compare.report import html
 
-    page: str = importlib.import_module("ckptq.compare.report.html").text(found)
-    return page
+    return html.text(found)

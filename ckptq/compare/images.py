@@ -138,7 +138,7 @@ def compare_images(
     total, outputs = _Tally(), dict[str, Frames]()
     for name in names:
         tally = _Tally()
-        both = itertools.zip_longest(_frames(reference / name), _frames(candidate / name))
+        both = itertools.zip_longest(frames_of(reference / name), frames_of(candidate / name))
         for number, (a, b) in enumerate(both):
             where = f"{printable(name)}, frame {number}" if number else printable(name)
             found = _frame(a, b, where)
@@ -226,7 +226,7 @@ def _images(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."), key=lambda p: natural(p.name))
 
 
-def _frames(path: Path) -> Iterator[Array]:
+def frames_of(path: Path) -> Iterator[Array]:
     """The frames of an output, one at a time."""
     if path.is_dir():
         for image in _images(path):

@@ -13,7 +13,7 @@ from typing import Literal
 from ckptq.errors import RecipeError
 from ckptq.mistakes import close
 
-Part = Literal["weights", "behavior", "images"]
+Part = Literal["weights", "behavior", "baseline", "images"]
 METRICS: Mapping[Part, Mapping[str, str]] = MappingProxyType(
     {
         "weights": {
@@ -24,34 +24,43 @@ METRICS: Mapping[Part, Mapping[str, str]] = MappingProxyType(
         },
         "behavior": {
             "kl_mean": "KL divergence of the next token's distribution, mean over tokens, nats",
-            "kl_mean_low": "lower end of its 95 % bootstrap interval over samples",
-            "kl_mean_high": "upper end",
+            "kl_mean_low": "lower end of the mean KL's 95 % bootstrap interval over samples",
+            "kl_mean_high": "its upper end",
             "kl_p99": "the KL of a token, 99th percentile",
-            "kl_max": "the same, largest",
+            "kl_max": "the KL of a token, largest",
             "top1_agreement": "share of tokens at which both find the same one likeliest",
             "perplexity_reference": "perplexity of the reference",
             "perplexity_candidate": "perplexity of the candidate",
             "perplexity_ratio": "candidate's perplexity over the reference's",
             "nll_reference": "mean negative log-likelihood of the samples' tokens, nats, of the reference",
-            "nll_candidate": "the same of the candidate",
-            "nll_difference": "candidate's less the reference's",
-            "nll_difference_low": "lower end of its 95 % bootstrap interval",
-            "nll_difference_high": "upper end",
+            "nll_candidate": "mean negative log-likelihood of the samples' tokens, nats, of the candidate",
+            "nll_difference": "the candidate's mean NLL less the reference's",
+            "nll_difference_low": "lower end of that difference's 95 % bootstrap interval over samples",
+            "nll_difference_high": "its upper end",
             "hidden_relative_l2_last": "relative L2 error of the last layer's hidden states",
+        },
+        "baseline": {
+            "kl_baseline": "mean KL of the baseline, another candidate, on the same samples",
+            "kl_difference": "kl_mean less the baseline's: below 0 the candidate is nearer to the reference",
+            "kl_difference_low": "lower end of that difference's 95 % bootstrap interval, paired by sample",
+            "kl_difference_high": "its upper end",
+            "kl_nearer": "share of samples on which the candidate's KL is smaller than the baseline's",
+            "kl_nearer_low": "lower end of that share's 95 % bootstrap interval over samples",
+            "kl_nearer_high": "its upper end",
         },
         "images": {
             "cosine_similarity": "cosine of all pixels",
-            "cosine_similarity_min": "the same of the worst output",
+            "cosine_similarity_min": "cosine of the worst output",
             "mae": "mean absolute error, in pixel values",
-            "mae_max": "the same of the worst output",
+            "mae_max": "mean absolute error of the worst output",
             "mse": "mean squared error",
-            "rmse": "its root",
+            "rmse": "root of the mean squared error",
             "max_abs": "largest error of a pixel",
             "l2": "L2 norm of the error",
-            "relative_l2": "the same over the reference's norm",
-            "relative_l2_max": "the same of the worst output",
+            "relative_l2": "L2 norm of the error over the reference's",
+            "relative_l2_max": "relative L2 error of the worst output",
             "psnr_db": "peak signal-to-noise ratio, dB",
-            "psnr_db_min": "the same of the worst output",
+            "psnr_db_min": "peak signal-to-noise ratio of the worst output, dB",
             "avg_generation_time_ratio_candidate_over_reference": "mean seconds a run, candidate over reference",
             "max_peak_memory_ratio_candidate_over_reference": "largest peak of device memory, candidate over reference",
         },
