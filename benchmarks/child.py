@@ -1,6 +1,6 @@
 """One measured run in a process of its own: `python benchmarks/child.py KIND JOB.json` prints one JSON line.
 
-KIND is ckptq, modelopt or floor. The clock starts when all that a kind needs is imported. JOB.json: model, output, text,
+KIND is a key of RUNS. The clock starts when all that a kind needs is imported. JOB.json: model, output, text,
 samples, length, threads, device (cpu or cuda), batch (samples of one length that ModelOpt gets at once), recipe (of ckptq).
 """
 
@@ -33,6 +33,8 @@ IMPORTS = {
     "floor": MODEL,
     "ckptq": (*MODEL, "ckptq.calibrate"),
     "modelopt": (*MODEL, "modelopt.torch.quantization", "modelopt.torch.export"),
+    "forward": MODEL,
+    "streamed": (*MODEL, "ckptq.compare.sides"),
 }
 """What each kind would import later."""
 
@@ -126,14 +128,59 @@ def run_floor(job: dict[str, Any]) -> dict[str, float]:
     return {"read": read - start, "forward": forwarded - read, "write": written - forwarded, **uncounted}
 
 
-def _inputs(job: dict[str, Any]) -> list[dict[str, Any]]:
-    from ckptq.calibration import load_samples
+def run_forward(job: dict[str, Any]) -> dict[str, float]:
+    """One BF16 forward of each sample, logits included, by transformers' own resident model."""
+    import torch
+    import transformers
+
+    inputs = _inputs(job)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.bfloat16).to(job["device"])
+    start, user = time.perf_counter(), _user()
+    with torch.inference_mode():
+        for sample in inputs:
+            logits = model(**{name: tensor.to(job["device"]) for name, tensor in sample.items()}, use_cache=False).logits
+            float(logits[0, 0, 0])  # on a GPU, wait for it
+    return {"forward": time.perf_counter() - start, "forward user": _user() - user}
+
+
+def run_streamed(job: dict[str, Any]) -> dict[str, float]:
+    """The same through the layers alone, in lock-step, from disk."""
+    import torch
+
     from ckptq.calibration.encode import Encoder
+    from ckptq.compare.sides import open_side
+    from ckptq.console import Console
+    from ckptq.lockstep import Wave
+
+    encoder, samples, console = Encoder(Path(job["model"]), None, job["length"]), _samples(job), Console(quiet=True)
+    start, user = time.perf_counter(), _user()
+    with (
+        torch.inference_mode(),
+        open_side(Path(job["model"]), torch.device(job["device"])) as side,
+        Wave(side.model, lambda number: encoder.encode(samples[number])) as wave,
+    ):
+        wave.enter(range(len(samples)), 1 << 62, console)
+        for _ in wave.layers():
+            wave.step()
+    return {"forward": time.perf_counter() - start, "forward user": _user() - user}
+
+
+def _user() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+def _inputs(job: dict[str, Any]) -> list[dict[str, Any]]:
+    from ckptq.calibration.encode import Encoder
+
+    encoder = Encoder(Path(job["model"]), None, job["length"])
+    return [encoder.encode(sample) for sample in _samples(job)]
+
+
+def _samples(job: dict[str, Any]) -> list[Any]:
+    from ckptq.calibration import load_samples
     from ckptq.sections import TextCalibration
 
-    settings = TextCalibration(source="text", files=job["text"], samples=job["samples"], sequence_length=job["length"])
-    encoder = Encoder(Path(job["model"]), None, job["length"])
-    return [encoder.encode(sample) for sample in load_samples(settings)]
+    return load_samples(TextCalibration(source="text", files=job["text"], samples=job["samples"], sequence_length=job["length"]))
 
 
 def _batches(inputs: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
@@ -148,7 +195,7 @@ def _batches(inputs: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     return [{"input_ids": torch.cat(same[at : at + size])} for same in by_length.values() for at in range(0, len(same), size)]
 
 
-RUNS = {"ckptq": run_ckptq, "modelopt": run_modelopt, "floor": run_floor}
+RUNS = {"ckptq": run_ckptq, "modelopt": run_modelopt, "floor": run_floor, "forward": run_forward, "streamed": run_streamed}
 
 if __name__ == "__main__":
     main()

@@ -57,6 +57,11 @@ class Blocks:
         """Of the largest block, as it lies in its buffer."""
         return max((sum(_slot(f.spec) for f in fillings.values()) for fillings in self._layer_sources), default=0)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of all but the blocks."""
+        return sum(filling.spec.nbytes for filling in self._resident_sources.values())
+
     def fill_buffers(self) -> None:
         """Computes what no file holds, once the rest is there."""
 

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ckptq.compare.command import compare
+from ckptq.sensitivity.command import sensitivity
 
 Format = Literal["human", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="human: tables; json: one object on stdout.")]
@@ -161,6 +162,7 @@ def validate(
 
 
 app.command()(compare)
+app.command()(sensitivity)
 
 
 @app.command()

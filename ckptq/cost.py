@@ -73,7 +73,7 @@ class Cost:
 def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, calibrates: bool) -> Cost:
     """The cost of a plan, taking every sample as long as the recipe allows. Raises SourceError for a config without sizes."""
     layers = [0] * plan.layer_count
-    resident = parameters = routed = widest = 0
+    resident = parameters = routed = 0
     experts = scope.experts.runtime + "." if scope.experts else None
     for name, tensor in component.tensors.items():
         at = scope.layer_of(name)
@@ -81,36 +81,52 @@ def estimate(plan: Plan, component: Component, scope: Scope, recipe: Recipe, *, 
             continue
         if at is not None:
             layers[at[0]] += tensor.spec.nbytes
-            widest = max(widest, *tensor.spec.shape, 0)
             if experts is not None and at[1].startswith(experts):
                 routed += tensor.spec.numel
             else:
                 parameters += tensor.spec.numel
         elif not scope.canonical(name).startswith(f"{scope.head}."):
             resident += tensor.spec.nbytes
-    text, settings = scope.text(component.config), of_models(recipe.calibration)
-    try:
-        hidden, length = int(text["hidden_size"]), settings.sequence_length
-        intermediate = int(text.get("intermediate_size", widest))  # some families call it otherwise
-        head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"config.json: hidden_size and num_attention_heads are needed: {error!r}") from error
+    settings = of_models(recipe.calibration)
+    length = settings.sequence_length
+    sample, passing = flowing(component, scope, length)
+    text = scope.text(component.config)
     count, chosen = _routing(text, scope, component)
     if count:  # of the experts of a layer, those that a token passes
         parameters += routed * (chosen + count * settings.all_experts) // count
     samples = recipe.calibration.samples if calibrates else 0
-    attention = 4 * plan.layer_count * hidden * length / 2
+    attention = 4 * plan.layer_count * int(text["hidden_size"]) * length / 2
     return Cost(
         resident=resident,
         layer=max(layers),
-        sample=length * (4 * hidden + 4 * head_dim + 2 * hidden * _features(component, scope)),
-        # gate, up and their product in BF16; norms in F32; which expert each token takes, as transformers' experts note it
-        passing=length * (3 * 2 * intermediate + 4 * 4 * hidden + 2 * 8 * count * chosen),
+        sample=sample,
+        passing=passing,
         samples=samples,
         tokens=samples * length,
         flops=samples * length * (2 * parameters + attention),
         turned=max((min(t.spec.nbytes, TURNED) + TURNING for t in component.tensors.values() if t.stride), default=0),
     )
+
+
+def flowing(component: Component, scope: Scope, length: int) -> tuple[int, int]:
+    """(`sample`, `passing`) of a sample of that many tokens, see Cost. Raises SourceError for a config without sizes."""
+    text = scope.text(component.config)
+    try:
+        hidden = int(text["hidden_size"])
+        intermediate = int(text.get("intermediate_size", 0)) or _widest(component, scope)  # some families call it otherwise
+        head_dim = int(text.get("head_dim") or hidden // int(text["num_attention_heads"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"config.json: hidden_size and num_attention_heads are needed: {error!r}") from error
+    count, chosen = _routing(text, scope, component)
+    waiting = 4 * hidden + 4 * head_dim + 2 * hidden * _features(component, scope)
+    # gate, up and their product in BF16; norms in F32; which expert each token takes, as transformers' experts note it
+    return length * waiting, length * (3 * 2 * intermediate + 4 * 4 * hidden + 2 * 8 * count * chosen)
+
+
+def _widest(component: Component, scope: Scope) -> int:
+    """The largest dimension of a decoder layer's tensors."""
+    shapes = (t.spec.shape for name, t in component.tensors.items() if scope.layer_of(name) and not scope.skips(name))
+    return max((size for shape in shapes for size in shape), default=0)
 
 
 def _routing(text: Mapping[str, Any], scope: Scope, component: Component) -> tuple[int, int]:
@@ -146,7 +162,7 @@ def waiting_budget(cost: Cost, limit: int | None, free: int, imports: int = IMPO
     if limit < fixed + cost.sample:
         raise RecipeError(
             f"--memory {size(limit)}: too little: embeddings, a decoder layer and one sample take {size(fixed + cost.sample)}",
-            hint=f"give --memory {-(-(fixed + cost.sample) // 10**6)}MB or more, or lower calibration.sequence_length",
+            hint=f"give --memory {-(-(fixed + cost.sample) // 10**6)}MB or more, or lower the sequence length",
         )
     return limit - fixed
 

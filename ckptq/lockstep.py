@@ -127,6 +127,10 @@ class Wave:
         """What each sample has for the next layer, or has got of the last one: [1, T, H]."""
         return [self._hidden[sample] for sample in self._samples]
 
+    def hidden_of(self, place: int) -> torch.Tensor:
+        """The same of one."""
+        return self._hidden[self._samples[place]]
+
     def _called(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder has all that it will get: what its layers read later, Qwen3-VL's deepstack too, is among its arguments."""
         free_outside(sys._getframe(1), (args, kwargs), self._streamed.model)

@@ -18,10 +18,11 @@ from peers.served import read
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import Encoder
 from ckptq.checkpoint import read_inventory
-from ckptq.compare.behavior import Behavior, gap, measure_behavior
+from ckptq.compare.behavior import Behavior, measure_behavior
 from ckptq.compare.decoded import Decoded, decoded
 from ckptq.compare.head import Head, compare_heads
 from ckptq.compare.spans import judged
+from ckptq.compare.tally import gap
 from ckptq.console import Console
 from ckptq.convert import convert
 from ckptq.errors import RecipeError
@@ -95,7 +96,7 @@ def test_losses_are_those_of_the_resident_model(good: Behavior) -> None:
     with torch.inference_mode():
         for sample, found in zip(SAMPLES, good.samples, strict=True):
             inputs = encoder.encode(sample)
-            span = judged(sample, inputs, encoder.tokens)
+            span = judged(sample, inputs, encoder)
             scored = torch.log_softmax(model(**inputs, use_cache=False).logits[0].float(), -1)
             wanted = [-float(scored[at - 1, inputs["input_ids"][0, at]]) for at in span]
             assert found.tokens == len(span)
@@ -106,7 +107,7 @@ def test_an_answer_is_judged_and_its_prompt_is_not() -> None:
     encoder = Encoder(SOURCE, None, 512)
     sample = scenes(1)[0]
     inputs = encoder.encode(sample)
-    span = judged(sample, inputs, encoder.tokens)
+    span = judged(sample, inputs, encoder)
     told = encoder.text(inputs["input_ids"][0, span.start : span.stop].tolist())
     assert told == f"{sample.text}<|im_end|>"
 

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from ckptq.cli import main
 from ckptq.compare import Comparison, images
-from ckptq.compare.behavior import Behavior, Gap, LayerGap, SampleGap
+from ckptq.compare.behavior import Behavior, SampleGap
 from ckptq.compare.policy import METRICS, Limit, broken, judge, parse_policy, refuse_unmeasured
 from ckptq.compare.sampled import figures
+from ckptq.compare.tally import Gap, LayerGap
 from ckptq.errors import RecipeError
 from ckptq.recipe import parse_recipe
 from ckptq.reports.json import plain

@@ -50,7 +50,7 @@ class Encoder:
                 raise ValueError("its vocabulary is empty or missing")
         except Exception as error:
             raise CalibrationError(
-                f"the tokenizer of {folder} can't be loaded: {error}",
+                f"the tokenizer of {folder} can't be loaded: {' '.join(str(error).split())}",
                 hint="the checkpoint must hold its tokenizer's files, such as tokenizer.json and tokenizer_config.json",
             ) from error
 
@@ -81,7 +81,7 @@ class Encoder:
             inputs = self._encode_media(sample)
         else:
             plain = sample.prompt is None
-            text = sample.text if plain else self._render(sample, as_parts=self._has_processor)
+            text = sample.text if plain else self.rendered(sample)
             # a template writes its own special tokens
             encoded = self._tokenizer(text, add_special_tokens=plain, return_tensors="pt")
             inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
@@ -93,6 +93,17 @@ class Encoder:
         """The ids of a text alone, without special ones."""
         found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
+
+    def rendered(self, sample: Sample) -> str:
+        """The conversation as its chat template writes it, before images and audio take their places. Raises CalibrationError."""
+        return self._render(sample, as_parts=self._has_processor or bool(sample.image or sample.audio))
+
+    def places(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """(ids of a rendered text, where in it each begins and ends); None where the tokenizer does not say."""
+        if not self._tokenizer.is_fast:
+            return None
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], found["offset_mapping"]
 
     def text(self, ids: list[int]) -> str:
         """What ids stand for."""
@@ -114,7 +125,7 @@ class Encoder:
         kinds = {1: sample.image, 3: sample.audio}  # as `create_mm_token_type_ids` numbers them
         what = " and ".join(_KINDS[kind] for kind, path in kinds.items() if path)
         called = " and ".join(path.name for path in kinds.values() if path)
-        text = self._render(sample, as_parts=True)
+        text = self.rendered(sample)
         try:
             encoded = processor(**media, text=[text], add_special_tokens=False, return_tensors="pt")
         except (ValueError, TypeError) as error:
@@ -193,8 +204,8 @@ class Encoder:
             template = template.get("default")
         if not template:
             raise CalibrationError(
-                f"{self._folder} has no chat template, and calibration samples with a prompt or an image need one",
-                hint="add the model's chat_template.jinja to the folder, or calibrate with source: text or builtin",
+                f"{self._folder} has no chat template, and samples with a prompt or an image need one",
+                hint="add the model's chat_template.jinja to the folder, or take source: text or builtin",
             )
         return str(template)
 
@@ -202,9 +213,9 @@ class Encoder:
     def _processor(self) -> Any:
         if not self._has_processor:
             raise CalibrationError(
-                f"{self._folder} has no image processor ({' or '.join(_PROCESSOR_FILES[:2])}), and the calibration samples "
+                f"{self._folder} has no image processor ({' or '.join(_PROCESSOR_FILES[:2])}), and the samples "
                 "have images or audio",
-                hint="calibrate a checkpoint without a vision tower with source: text or builtin",
+                hint="for a checkpoint without a vision tower take source: text or builtin",
             )
         try:
             return _build_processor(self._folder, self._tokenizer, self._processor_settings, self._max_pixels)

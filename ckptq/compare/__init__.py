@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from ckptq.compare.policy import Judged, Limit, Part
     from ckptq.compare.weights import WeightError
     from ckptq.console import Console
+    from ckptq.scopes import Scope
     from ckptq.sections import Calibration
 
 ONLY_WEIGHTS = "left out by --weights-only"
+NO_BASELINE = "it takes --baseline, another candidate"
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
 
@@ -31,6 +33,8 @@ class Asked:
     samples      what both models are run on; None for weights alone
     option       that asked for these samples; "" where nobody did
     generations  what the outputs of reference and candidate took, of two folders of outputs
+    scope        that a recipe spells out for both
+    baseline     another candidate, which the samples are run on, too; "" for none
     """
 
     reference: str
@@ -41,6 +45,8 @@ class Asked:
     generations: tuple[Generation, Generation] | None = None
     device: str = "auto"
     memory: int | None = None
+    scope: Scope | None = None
+    baseline: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Comparison:
     limits     each with what was found
     sizes      bytes of the weights, or of outputs the number of them: {"reference": ..., "candidate": ...}
     recipe     by which the candidate was converted, as its ckptq.json has it; None where it has none
+    baseline   another candidate, as the user named it, of which figures tell how near it is; "" for none
     skipped    {"weights", "behavior" or "images": why it was not measured}
     """
 
@@ -69,6 +76,7 @@ class Comparison:
     settings: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
     skipped: Mapping[Part, str] = field(default_factory=dict)
+    baseline: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -93,8 +101,8 @@ def _outputs(asked: Asked, reference: Path, candidate: Path, console: Console) -
     from ckptq.compare import images, policy
     from ckptq.errors import RecipeError
 
-    if asked.option:
-        raise RecipeError(f"{asked.option} is for checkpoints: these are folders of outputs", hint=f"leave {asked.option} out")
+    if option := asked.option or ("--baseline" if asked.baseline else ""):
+        raise RecipeError(f"{option} is for checkpoints: these are folders of outputs", hint=f"leave {option} out")
     skipped: dict[policy.Part, str] = dict.fromkeys(("weights", "behavior"), "these are folders of outputs")
     policy.refuse_unmeasured(asked.limits, skipped)
     generations = asked.generations or (images.Generation(), images.Generation())
@@ -110,7 +118,7 @@ def _outputs(asked: Asked, reference: Path, candidate: Path, console: Console) -
     limits = policy.judge(asked.limits, figures)
     sizes = dict.fromkeys(("reference", "candidate"), len(found.outputs))
     return Comparison(
-        asked.reference, asked.candidate, images=found, figures=figures, limits=limits, sizes=sizes, versions=_versions(),
+        asked.reference, asked.candidate, images=found, figures=figures, limits=limits, sizes=sizes, versions=versions(),
         skipped=skipped,
     )  # fmt: skip
 
@@ -127,22 +135,25 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
         raise RecipeError("seconds and peak memory are for folders of outputs: these are checkpoints")
     skipped: dict[policy.Part, str] = {"images": "these are checkpoints"}
     skipped |= {"behavior": ONLY_WEIGHTS} if asked.samples is None else {}
-    policy.refuse_unmeasured(asked.limits, skipped)
-    opened = [hub.fetch(name, weights=True) for name in (asked.reference, asked.candidate)]
-    inventories = [read_inventory(source.root, source.header, strict=False) for source in opened]
+    policy.refuse_unmeasured(asked.limits, skipped if asked.baseline else {**skipped, "baseline": NO_BASELINE})
+    if asked.baseline and asked.samples is None:
+        raise RecipeError("--baseline is for samples, which --weights-only leaves out", hint="leave one of them out")
+    names = (asked.reference, asked.candidate, *([asked.baseline] if asked.baseline else []))
+    opened = [hub.fetch(name, weights=True) for name in names]
+    inventories = [read_inventory(source.root, source.header, strict=False) for source in opened[:2]]
     if is_diffusion(opened[0].root):
         skipped["behavior"] = "what a pipeline does is seen by its outputs: compare two folders of them"
         policy.refuse_unmeasured(asked.limits, skipped)
-        if asked.option:
-            raise RecipeError(f"{asked.option} is for language models: {skipped['behavior']}", hint="add --weights-only")
+        if option := asked.option or ("--baseline" if asked.baseline else ""):
+            raise RecipeError(f"{option} is for language models: {skipped['behavior']}", hint="add --weights-only")
     found = match(inventories[0], inventories[1])
+    behavior, more = None, dict[str, float]()
+    if asked.samples is not None and "behavior" not in skipped:  # first: what can't be run is told before all weights are read
+        roots = [source.root for source in opened]
+        behavior, more = sampled.measure(roots, asked.samples, asked.device, asked.memory, console, asked.scope)
     with console.stage("weights", found.nbytes, "bytes") as advance:
         errors = weights.worst_first(weights.weight_errors(found, advance))
-    figures = weights.figures(errors, len(found.unmatched))
-    behavior = None
-    if asked.samples is not None and "behavior" not in skipped:
-        behavior, more = sampled.measure(opened[0].root, opened[1].root, asked.samples, asked.device, asked.memory, console)
-        figures |= more
+    figures = weights.figures(errors, len(found.unmatched)) | more
     return Comparison(
         asked.reference,
         asked.candidate,
@@ -153,10 +164,11 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
         figures,
         policy.judge(asked.limits, figures),
         {side: _nbytes(at) for side, at in zip(("reference", "candidate"), inventories, strict=True)},
-        _versions(),
-        _settings(asked) if behavior is not None else {},
+        versions(),
+        settings_of(asked.samples) if behavior is not None and asked.samples is not None else {},
         recorded_recipe(opened[1].root),
         skipped,
+        asked.baseline,
     )
 
 
@@ -174,11 +186,11 @@ def recorded_recipe(folder: Path) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _settings(asked: Asked) -> dict[str, Any]:
+def settings_of(samples: Calibration) -> dict[str, Any]:
     """What the samples were: without paths."""
-    assert asked.samples is not None
-    return asked.samples.model_dump(mode="json", exclude={"files", "images", "annotations", "save_every", "all_experts"})
+    return samples.model_dump(mode="json", exclude={"files", "images", "annotations", "save_every", "all_experts"})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what figures depend on."""
     return {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}

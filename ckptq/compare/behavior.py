@@ -6,10 +6,9 @@ states are compared, and within it what linears, attention and feed-forward give
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +17,16 @@ import torch
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import Encoder
 from ckptq.compare.head import Distances, compare_heads, split
+from ckptq.compare.room import waiting_room
 from ckptq.compare.sides import Samples, Side, chosen, normed, open_side, refuse_others
+from ckptq.compare.tally import Gap, LayerGap, Tally
 from ckptq.console import Console
 from ckptq.lockstep import Wave
+from ckptq.scopes import Scope
 from ckptq.streamed import StreamedModel
 
 WORST, TOKENS = 4, 512
 """Samples that are told token by token, and how many tokens of each at most."""
-_ENTERING = -1
-"""In place of a layer's number: before the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """How far the candidate's values are from the reference's: ||c - r|| / ||r||, the angle's cosine, -20 log10 of the first."""
-
-    relative_l2: float
-    cosine: float
-    sqnr_db: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerGap:
-    """Of the hidden states that a decoder layer gives, and, by their name in the layer, of its linears, attention and the like."""
-
-    layer: int
-    hidden: Gap
-    modules: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +91,30 @@ def measure_behavior(
     sequence_length: int,
     max_pixels: int | None,
     device: torch.device,
-    memory: int,
+    memory: int | None,
     console: Console,
+    scope: Scope | None = None,
+    limit: int | None = None,
 ) -> Behavior:
-    """Runs the samples through both. `memory`: bytes that waiting samples may hold; what does not fit goes in waves.
+    """Runs the samples through both. Those that do not fit the memory go in waves.
+
+    memory  bytes that waiting samples may hold; None for what is left of `limit`, or of the free memory
+    limit   on all of it, in bytes
+    scope   the one that a recipe spells out for both
 
     Raises UnsupportedError for checkpoints that can't be compared or computed, CalibrationError for samples without judged tokens.
     """
     encoder = Encoder(reference, max_pixels, sequence_length)
     inputs = Samples(encoder, samples)
-    tally, found = _Tally(), list[tuple[int, Distances]]()
+    tally, found = Tally(), list[tuple[int, Distances]]()
     with ExitStack() as stack, torch.inference_mode():
-        sides = [stack.enter_context(open_side(folder, device)) for folder in (reference, candidate)]
+        sides = [
+            stack.enter_context(open_side(folder, device, beside, scope))
+            for folder, beside in ((reference, candidate), (candidate, reference))
+        ]
         refuse_others(sides[0], sides[1])
+        if memory is None:
+            memory = waiting_room(sides, len(samples), sequence_length, limit, device)
         first = 0
         while first < len(samples):
             count, part = _wave(sides, inputs, range(first, len(samples)), memory, tally, console)
@@ -142,7 +135,7 @@ def measure_behavior(
 
 
 def _wave(
-    sides: Sequence[Side], inputs: Samples, numbers: range, memory: int, tally: _Tally, console: Console
+    sides: Sequence[Side], inputs: Samples, numbers: range, memory: int, tally: Tally, console: Console
 ) -> tuple[int, list[tuple[int, Distances]]]:
     """(how many samples passed, what the distributions of each are apart)."""
     one, other = sides
@@ -150,81 +143,70 @@ def _wave(
         a.enter(numbers, memory // 2, console)
         b.enter(numbers[: len(a)], 1 << 62, console)
         for before, after in zip(a.hidden(), b.hidden(), strict=True):
-            tally.add(_ENTERING, "", before, after)
+            tally.enter(before, after)
         with console.stage("compare", a.depth, "layers") as advance:
             for layer, _ in zip(a.layers(), b.layers(), strict=True):
-                with _watching(one.model, layer) as given, _watching(other.model, layer) as found:
+                pairs = _Pairs(tally, layer)
+                with _watching(one.model, layer, pairs.keep), _watching(other.model, layer, pairs.add):
                     for place in range(len(a)):
                         a.step_one(place)
                         b.step_one(place)
-                        tally.add(layer, "", a.hidden()[place], b.hidden()[place])
-                        for name in given:
-                            tally.add(layer, name, given[name], found[name])
+                        pairs.done()
+                        tally.add(layer, "", a.hidden_of(place), b.hidden_of(place))
                 advance(1)
         last = [wave.hidden() for wave in (a, b)]
-    states = [normed(side, hidden) for side, hidden in zip(sides, last, strict=True)]
     numbers = numbers[: len(last[0])]
     tokens = inputs.came(numbers).to(one.model.device)
-    with console.stage("heads", 1):
-        before, after = (chosen(state, inputs, numbers) for state in states)
+    with console.stage("heads", 1, "steps") as advance:
+        after = chosen(normed(other, last.pop()), inputs, numbers)
+        before = chosen(normed(one, last.pop()), inputs, numbers)
         distances = compare_heads(one.head, other.head, (before, after), tokens)
+        advance(1)
     return len(numbers), list(zip(numbers, split(distances, [len(inputs.spans[n]) for n in numbers]), strict=True))
 
 
-@contextmanager
-def _watching(model: StreamedModel, layer: int) -> Iterator[dict[str, torch.Tensor]]:
-    """What the layer's modules give, of the sample that passed last: its linears, and the modules around them."""
-    found: dict[str, torch.Tensor] = {}
+Note = Callable[[str, torch.Tensor], None]
 
-    def note(name: str) -> Callable[..., None]:
+
+@contextmanager
+def _watching(model: StreamedModel, layer: int, note: Note) -> Iterator[None]:
+    """Tells `note` what the layer's modules give, as they do: its linears, and the modules around them."""
+
+    def told(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if isinstance(value, torch.Tensor):
-                found[name] = value.detach().clone() if name.endswith("_proj") else value
+                note(name, value)
 
         return hook
 
     with ExitStack() as hooks:
         for name, module in model.layers[layer].named_modules():
-            if name and (isinstance(module, torch.nn.Linear) or name.count(".") == 0) and "norm" not in name:
-                hooks.callback(module.register_forward_hook(note(name)).remove)
-        yield found
+            whole = "." not in name and not isinstance(module, torch.nn.Dropout)
+            if name and (isinstance(module, torch.nn.Linear) or whole) and "norm" not in name:
+                hooks.callback(module.register_forward_hook(told(name)).remove)
+        yield
 
 
-@dataclass(slots=True)
-class _Tally:
-    """Sums over samples, float64: of squared differences, of squares of both, of products. By layer and module."""
+class _Pairs:
+    """What modules give of one sample in one layer: the reference's is kept until the candidate's comes, then both are counted."""
 
-    sums: dict[tuple[int, str], list[float]] = field(default_factory=dict)
+    def __init__(self, tally: Tally, layer: int) -> None:
+        self._tally, self._layer = tally, layer
+        self._kept: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, layer: int, name: str, reference: torch.Tensor, candidate: torch.Tensor) -> None:
-        r, c = reference.reshape(-1).float(), candidate.reshape(-1).float()
-        d = c - r
-        found = torch.stack([torch.dot(x, y).double() for x, y in ((d, d), (r, r), (c, c), (r, c))]).tolist()
-        known = self.sums.setdefault((layer, name), [0.0] * 4)
-        for i, value in enumerate(found):
-            known[i] += value
+    def keep(self, name: str, value: torch.Tensor) -> None:
+        # A copy of what the modules around may change in place.
+        self._kept.setdefault(name, []).append(value.clone() if name.endswith("_proj") else value)
 
-    def entering(self) -> Gap:
-        return gap(*self.sums[_ENTERING, ""])
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """What has no counterpart, an expert that another token has reached, is left out."""
+        if (kept := self._kept.get(name)) and (before := kept.pop(0)).shape == value.shape:
+            self._tally.add(self._layer, name, before, value)
 
-    def layers(self) -> tuple[LayerGap, ...]:
-        numbers = sorted({layer for layer, _ in self.sums} - {_ENTERING})
-        names = list(dict.fromkeys(name for _, name in self.sums if name))
-        return tuple(
-            LayerGap(n, gap(*self.sums[n, ""]), {m: gap(*self.sums[n, m]).relative_l2 for m in names if (n, m) in self.sums})
-            for n in numbers
-        )
-
-
-def gap(error: float, reference: float, candidate: float, product: float) -> Gap:
-    """Of sums of squares. Both all zero: no error; the reference alone: infinite."""
-    relative = math.sqrt(error / reference) if reference else (math.inf if error else 0.0)
-    norms = math.sqrt(reference * candidate)
-    cosine = max(-1.0, min(1.0, product / norms)) if norms else float(reference == candidate)
-    if relative in (0, math.inf):
-        return Gap(relative, cosine, -math.inf if relative else math.inf)
-    return Gap(relative, cosine, -20 * math.log10(relative))
+    def done(self) -> None:
+        """The sample has passed."""
+        self._kept.clear()
 
 
 def _sample(number: int, distances: Distances, inputs: Samples) -> SampleGap:

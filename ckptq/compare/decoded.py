@@ -9,23 +9,33 @@ from types import MappingProxyType
 import torch
 
 from ckptq.checkpoint import Component, Reader, SourceTensor, TensorSpec
+from ckptq.compare.again import Scales, round_again, rounded_again
 from ckptq.compare.held import PIECE, Area, Desk, Held, decode_area, hold
 from ckptq.errors import DataError
 from ckptq.folder import printable
 from ckptq.tensors import TORCH_DTYPES
+from ckptq.threads import in_order
 from ckptq.validators.coding import find_coding, number_of
+from ckptq.validators.expected import Expected
 from ckptq.validators.scales import block_of, scale_kind
+
+PART = 1 << 22
+"""Values that one thread decodes in one go; a multiple of PIECE."""
 
 
 class Decoded(Reader):
     """Reads the weights of `stored` as BF16, by the names and shapes that `decoded` gives them; all else as it is stored."""
 
-    def __init__(self, root: Path, component: Component, stored: Component) -> None:
-        """Raises DataError for codes whose scales are not there, not finite or no factor."""
+    def __init__(self, root: Path, component: Component, stored: Component, at: Expected | None = None) -> None:
+        """`at`: what the server builds, which rounds some weights a second time.
+
+        Raises DataError for codes whose scales are not there, not finite or no factor."""
         super().__init__(root, component)
         self._stored = Reader(root, stored)
         self._held: dict[str, Held] = {}
+        self._again: dict[str, Scales] = {}
         try:
+            self._again = rounded_again(stored, at, self._stored) if at is not None else {}
             for name in component.tensors:
                 if (codes := stored.tensors.get(name, stored.tensors.get(f"{name}_packed"))) is not None and is_coded(
                     codes, stored
@@ -44,21 +54,33 @@ class Decoded(Reader):
         if held is None:
             super().read_into(tensor, start, buffer)
             return
-        out, at, desk = torch.frombuffer(buffer, dtype=torch.bfloat16), start // 2, Desk()
-        end = at + len(out)
-        while at < end:
-            top, left = divmod(at, held.columns)
-            rows = min(end - at, PIECE) // held.columns
-            if left or not rows:  # a part of a row
-                area = Area(top, top + 1, left, min(held.columns, left + PIECE, left + end - at))
-            else:
-                area = Area(top, top + rows, 0, held.columns)
-            out[at - start // 2 :][: area.count].copy_(torch.from_numpy(decode_area(held, area, desk)))
-            at += area.count
+        out, first = torch.frombuffer(buffer, dtype=torch.bfloat16), start // 2
+        jobs = (range(first + at, first + min(at + PART, len(out))) for at in range(0, len(out), PART))
+        again = self._again.get(tensor.spec.name)
+        if len(out) <= PART:
+            _decode(held, again, range(first, first + len(out)), out, Desk())
+            return
+        for _ in in_order(lambda job, desk: _decode(held, again, job, out[job.start - first :], desk), jobs, Desk):
+            pass
 
     def close(self) -> None:
         self._stored.close()
         super().close()
+
+
+def _decode(held: Held, again: Scales | None, places: range, out: torch.Tensor, desk: Desk) -> None:
+    """Fills `out` with the values at these places of the flat tensor."""
+    at = places.start
+    while at < places.stop:
+        top, left = divmod(at, held.columns)
+        rows = min(places.stop - at, PIECE) // held.columns
+        if left or not rows:  # a part of a row
+            area = Area(top, top + 1, left, min(held.columns, left + PIECE, left + places.stop - at))
+        else:
+            area = Area(top, top + rows, 0, held.columns)
+        values = torch.from_numpy(decode_area(held, area, desk))
+        out[at - places.start :][: area.count].copy_(values if again is None else round_again(values, again))
+        at += area.count
 
 
 def is_coded(tensor: SourceTensor, component: Component) -> bool:

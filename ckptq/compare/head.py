@@ -7,6 +7,8 @@ KL(p || q) = t / s_p - (m_p + log s_p) + (m_q + log s_q).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,12 +16,12 @@ from typing import Any
 import torch
 
 from ckptq.checkpoint import Component, Reader
+from ckptq.compare.casts import step_of
+from ckptq.compare.room import ROWS, TOKENS
 from ckptq.errors import UnsupportedError
 from ckptq.scopes import Scope
 from ckptq.tensors import TORCH_DTYPES, raw
-
-ROWS, TOKENS = 4096, 1024
-"""Of the vocabulary, and positions, whose logits are in memory at a time."""
+from ckptq.validators.vllm_rules import is_tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +44,17 @@ class Head:
     """The rows of a model's output head, which may be its embeddings'."""
 
     def __init__(self, component: Component, scope: Scope, reader: Reader, device: torch.device) -> None:
-        """Raises UnsupportedError for a head with a bias, or none."""
+        """Raises UnsupportedError for a head with a bias, or none: embeddings stand in for one where config.json ties them."""
         canonical = {scope.canonical(name): name for name in component.tensors}
         if f"{scope.head}.bias" in canonical:
             raise UnsupportedError(f"{canonical[f'{scope.head}.bias']}: an output head with a bias can't be compared")
-        tied = next((name for name in canonical.values() if name.endswith("embed_tokens.weight")), None)
-        name = canonical.get(f"{scope.head}.weight", tied)
+        name = canonical.get(f"{scope.head}.weight") or (
+            _embeddings(canonical, scope) if is_tied(scope, component.config) else None
+        )
         if name is None:
-            raise UnsupportedError(f"neither {scope.head}.weight nor embeddings are stored, so there are no logits")
+            raise UnsupportedError(
+                f"{scope.head}.weight is not stored, so there are no logits", hint="config.json does not tie it to the embeddings"
+            )
         self._tensor, self._reader, self._device = component.tensors[name], reader, device
         self.size = self._tensor.spec.shape[0]
         self.finish = _finish(scope.text(component.config))
@@ -62,16 +67,41 @@ class Head:
         return found.to(self._device)
 
 
+def _embeddings(canonical: Mapping[str, str], scope: Scope) -> str | None:
+    """The stored name of those beside the decoder layers: a talker and a draft model have their own."""
+    names = [name for name in canonical if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    beside = [name for name in names if name.startswith(scope.layers.rpartition(".")[0])]
+    return canonical[(beside or names)[0]] if names else None
+
+
+_AFTER = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_FACTORS = ("hyperclovax",)
+"""Where Granite's divisor is a factor."""
+
+
 def _finish(config: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a model does to its logits: transformers 5.17 Gemma's cap, Granite's divisor, Cohere's factor."""
-    cap, divisor, factor = (config.get(key) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+    """What a model does to its logits: transformers 5.17 Gemma's cap, Granite's divisor, Cohere's and Falcon-H1's factors.
+
+    config  the language model's part of config.json. What it leaves out transformers' class of configuration has
+    """
+    defaults = _defaults(str(config.get("model_type")))
+    cap, divisor, *factors = (config.get(key, getattr(defaults, key, None)) for key in _AFTER)
+    if config.get("model_type") in _FACTORS:
+        factors, divisor = [divisor, *factors], None
+    factor = math.prod(value for value in factors if value)
 
     def finish(logits: torch.Tensor) -> torch.Tensor:
         logits = logits / divisor if divisor else logits
-        logits = logits * factor if factor else logits
+        logits = logits * factor if factor != 1 else logits
         return cap * torch.tanh(logits / cap) if cap else logits
 
     return finish
+
+
+def _defaults(model_type: str) -> object:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
 
 
 def compare_heads(reference: Head, candidate: Head, hidden: tuple[torch.Tensor, torch.Tensor], tokens: torch.Tensor) -> Distances:
@@ -81,23 +111,21 @@ def compare_heads(reference: Head, candidate: Head, hidden: tuple[torch.Tensor, 
     """
     if reference.size != candidate.size:
         raise UnsupportedError(f"the vocabularies differ: {reference.size} tokens and {candidate.size}")
-    states = [_State(len(tokens), tokens.device) for _ in range(2)]
+    states = _State(len(tokens), tokens.device), _State(len(tokens), tokens.device)
     product = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     for first in range(0, reference.size, ROWS):
         last = min(first + ROWS, reference.size)
         rows = [head.rows(first, last) for head in (reference, candidate)]
         for at in range(0, len(tokens), TOKENS):
-            part = slice(at, min(at + TOKENS, len(tokens)))
-            logits = [
-                head.finish(torch.nn.functional.linear(h[part], r.to(h.dtype)).float())
-                for head, h, r in zip((reference, candidate), hidden, rows, strict=True)
-            ]
-            before = states[0].largest[part].clone()
-            for state, found in zip(states, logits, strict=True):
-                state.take(found, part, first, tokens[part])
-            weights = torch.exp(logits[0] - states[0].largest[part, None])
-            product[part] *= torch.exp((before - states[0].largest[part]).double())
-            product[part] += (weights * (logits[0] - logits[1])).sum(1, dtype=torch.float64)
+            found = [torch.nn.functional.linear(h[at : at + TOKENS], r.to(h.dtype)) for h, r in zip(hidden, rows, strict=True)]
+            step = max(step_of(found[0]) // (last - first), 1)
+            for low, *both in zip(itertools.count(at, step), *(torch.split(logits, step) for logits in found)):
+                part = slice(low, low + len(both[0]))
+                p, q = (head.finish(logits.float()) for head, logits in zip((reference, candidate), both, strict=True))
+                apart = p - q
+                weights, shrunk = states[0].take(p, part, first, tokens[part])
+                states[1].take(q, part, first, tokens[part])
+                product[part] = product[part] * shrunk + apart.mul_(weights).sum(1)
     ends = [state.largest.double() + state.total.log() for state in states]
     kl = product / states[0].total - ends[0] + ends[1]
     nll = [end - state.told.double() for end, state in zip(ends, states, strict=True)]
@@ -119,15 +147,21 @@ class _State:
         self.told = torch.zeros(count, device=device)
         self.top = torch.zeros(count, dtype=torch.int64, device=device)
 
-    def take(self, logits: torch.Tensor, part: slice, first: int, tokens: torch.Tensor) -> None:
-        """Adds the logits [n, rows] of tokens `first` and on."""
+    def take(self, logits: torch.Tensor, part: slice, first: int, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the logits [n, rows] of tokens `first` and on, F32.
+
+        Returns exp(l - m) in their place, and by what all that was summed under the maximum before must be multiplied, [n].
+        """
         largest, top = logits.max(1)
         known = self.largest[part]
         self.top[part] = torch.where(largest > known, top + first, self.top[part])
+        place = tokens - first
+        inside = (place >= 0) & (place < logits.shape[1])
+        told = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        self.told[part] = torch.where(inside, told, self.told[part])
         both = torch.maximum(known, largest)
-        self.total[part] *= torch.exp((known - both).double())
-        self.total[part] += torch.exp(logits - both[:, None]).sum(1, dtype=torch.float64)
+        shrunk = torch.exp((known - both).double())
+        weights = logits.sub_(both[:, None]).exp_()
+        self.total[part] = self.total[part] * shrunk + weights.sum(1)
         self.largest[part] = both
-        inside = (tokens >= first) & (tokens < first + logits.shape[1])
-        place = (tokens - first).clamp(0, logits.shape[1] - 1)
-        self.told[part] = torch.where(inside, logits.gather(1, place[:, None])[:, 0], self.told[part])
+        return weights, shrunk

@@ -9,6 +9,7 @@ from ckptq.compare.policy import parse_policy, refuse_unmeasured
 from ckptq.console import Console
 
 if TYPE_CHECKING:
+    from ckptq.compare.policy import Part
     from ckptq.convert import Report
     from ckptq.prepare import Prepared
     from ckptq.sections import Calibration
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 def refuse_unmeasured_limits(job: Prepared) -> None:
     """Raises RecipeError for a limit on what the comparison will not measure, before the hours that a conversion may take."""
-    if job.recipe.quality is not None and _samples(job) is None:
+    if job.recipe.quality is not None:
         limits = tuple(parse_policy(limit) for limit in job.recipe.quality.fail_on)
-        refuse_unmeasured(limits, {"behavior": _OF_PIPELINES, "images": "these are checkpoints"})
+        missing: dict[Part, str] = {"baseline": "a conversion has none beside its output", "images": "these are checkpoints"}
+        refuse_unmeasured(limits, missing | ({"behavior": _OF_PIPELINES} if _samples(job) is None else {}))
 
 
 _OF_PIPELINES = "what a pipeline does is seen by its outputs: compare two folders of them"

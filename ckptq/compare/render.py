@@ -14,7 +14,7 @@ from ckptq import __version__
 from ckptq.compare import Comparison
 from ckptq.compare.images import grade
 from ckptq.compare.policy import METRICS
-from ckptq.compare.weights import WeightError, by_coding
+from ckptq.compare.weights import WeightError, by_part
 from ckptq.console import Console, size
 from ckptq.reports import safe_text
 from ckptq.reports.json import plain
@@ -48,6 +48,7 @@ def data(found: Comparison) -> dict[str, Any]:
         "settings": dict(found.settings),
         "recipe": found.recipe,
         "skipped": dict(found.skipped),
+        "baseline": found.baseline or None,
     }
     said: dict[str, Any] = plain(body)
     return said
@@ -81,6 +82,8 @@ def show(console: Console, found: Comparison) -> None:
         graded = found.images is not None
         columns = ("figure", "value", *(("vLLM-Omni's threshold",) if graded else ()), "")
         console.table("Figures", columns, [r if graded else (*r[:2], r[3]) for r in rows], right=(1,), whole=(0,))
+    if found.baseline:
+        console.show(nearer(found))
     if found.weights is not None and "behavior" in found.skipped:
         console.show(f"behavior was not measured: {found.skipped['behavior']}")
     for judged in found.limits:
@@ -102,12 +105,12 @@ def _show_weights(console: Console, found: Comparison, errors: Sequence[WeightEr
     if rows:
         left = f" ({_SHOWN} of {len(rows)} that differ)" if len(rows) > _SHOWN else ""
         console.table(f"Worst tensors{left}", columns, rows[:_SHOWN], right=(2, 3, 4, 5))
-    summary = [(form, *_summary(some)) for form, some in by_coding(errors).items()]
+    summary = [(safe_text(part), form, *_summary(some)) for (part, form), some in by_part(errors).items()]
     console.table(
-        "Weights by what the candidate stores",
-        ("stored as", "tensors", "equal", "median relative L2", "worst relative L2"),
+        "Weights by part, and by what the candidate stores",
+        ("part", "stored as", "tensors", "equal", "median relative L2", "worst"),
         summary,
-        right=(1, 2, 3, 4),
+        right=(2, 3, 4, 5),
     )
     for line in (*_notes(errors), *_unmatched(found)):
         console.show(line)
@@ -151,6 +154,19 @@ def _show_behavior(console: Console, behavior: Behavior) -> None:
     console.table(f"Worst samples ({len(told)} of {len(behavior.samples)})", columns, told, right=(1, 2, 3, 4))
 
 
+def nearer(found: Comparison) -> str:
+    """A candidate beside its baseline, with what the intervals allow to say."""
+    figures = {name: found.figures.get(name, math.nan) for name in METRICS["baseline"]}
+    share, low, high = (figures[f"kl_nearer{end}"] for end in ("", "_low", "_high"))
+    below, above = figures["kl_difference_high"] < 0, figures["kl_difference_low"] > 0
+    told = "which is less" if below else "which is more" if above else "which can't be told apart on these samples"
+    return (
+        f"{safe_text(found.candidate)} against the baseline {safe_text(found.baseline)}: nearer to the reference on {share:.0%} of "
+        f"samples (95 % interval {low:.0%} to {high:.0%}); mean KL {number(found.figures['kl_mean'])} to "
+        f"{number(figures['kl_baseline'])}, {told}"
+    )
+
+
 def _losses(sample: SampleGap) -> tuple[float, float, float]:
     return sample.kl_mean, sample.nll_reference, sample.nll_candidate
 
@@ -169,5 +185,5 @@ def _cells(values: Mapping[str, float], names: Sequence[str]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Four digits, of what is near 1 six: cosines and agreements."""
-    return f"{value:.6f}" if 0.9 < abs(value) < 1 else f"{value:.4g}"
+    """Four digits, of what is near 1 six decimals: cosines, agreements, perplexities and their ratios."""
+    return f"{value:.6f}" if 0.9 < abs(value) < 1.1 and abs(value) != 1 else f"{value:.4g}"

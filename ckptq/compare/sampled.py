@@ -14,7 +14,10 @@ from ckptq.convert import resolve_device
 from ckptq.sections import Calibration, of_models
 
 if TYPE_CHECKING:
+    import torch
+
     from ckptq.compare.behavior import Behavior
+    from ckptq.scopes import Scope
 
 DRAWS, SEED = 2000, 0
 """Of the bootstrap: with 2000 draws the ends of an interval vary by a few percent of its width."""
@@ -23,9 +26,16 @@ _SHARE = 0.8
 
 
 def measure(
-    reference: Path, candidate: Path, settings: Calibration, device: str, memory: int | None, console: Console
+    roots: Sequence[Path],
+    settings: Calibration,
+    device: str,
+    memory: int | None,
+    console: Console,
+    scope: Scope | None = None,
 ) -> tuple[Behavior, dict[str, float]]:
-    """(what the samples showed, its figures). Half of `memory` is for what waits between layers.
+    """(what the samples showed of the candidate, its figures). `memory`: a limit on what the device gives.
+
+    roots  of the reference, the candidate and, if there is one, a baseline, which runs after it    scope  see measure_behavior
 
     Raises RecipeError for samples of a denoiser, CalibrationError where there are none, UnsupportedError for what can't be run.
     """
@@ -33,21 +43,37 @@ def measure(
     import torch
 
     from ckptq.compare.behavior import measure_behavior
+    from ckptq.compare.sides import open_side, refuse_others
 
     samples = load_samples(settings)
     where = torch.device(resolve_device(device))
+    for root in roots[2:]:  # what is wrong with a baseline is told before the candidate has run
+        with open_side(roots[0], where, root, scope) as one, open_side(root, where, roots[0], scope) as other:
+            refuse_others(one, other)
+    found, *baseline = [
+        measure_behavior(
+            roots[0],
+            root,
+            samples,
+            sequence_length=settings.sequence_length,
+            max_pixels=getattr(settings, "max_pixels", None),
+            device=where,
+            memory=None,
+            limit=memory,
+            console=console,
+            scope=scope,
+        )
+        for root in roots[1:]
+    ]
+    return found, figures(found) | (against(found, baseline[0]) if baseline else {})
+
+
+def waiting_memory(where: torch.device, limit: int | None) -> int:
+    """Bytes that samples may hold there between layers: half of the limit, or of what is free and may be taken."""
+    import torch
+
     free = cost.available_memory() if where.type == "cpu" else torch.cuda.mem_get_info(where)[0]
-    found = measure_behavior(
-        reference,
-        candidate,
-        samples,
-        sequence_length=settings.sequence_length,
-        max_pixels=getattr(settings, "max_pixels", None),
-        device=where,
-        memory=(memory or int(_SHARE * free)) // 2,
-        console=console,
-    )
-    return found, figures(found)
+    return (limit or int(_SHARE * free)) // 2
 
 
 def figures(found: Behavior) -> dict[str, float]:
@@ -76,6 +102,26 @@ def figures(found: Behavior) -> dict[str, float]:
         **{f"nll_difference_{end}": value for end, value in zip(ends, losses, strict=False)},
         "hidden_relative_l2_last": found.layers[-1].hidden.relative_l2,
     }
+
+
+def against(found: Behavior, baseline: Behavior) -> dict[str, float]:
+    """The same of a candidate and of a baseline, both beside one reference on the same samples: whose KL is smaller.
+
+    A few tokens carry the mean KL, as they do the mean NLL; on how many samples it is smaller depends on none of them.
+    """
+    tokens = [sample.tokens for sample in found.samples]
+    pairs = [(ours.kl_mean, theirs.kl_mean) for ours, theirs in zip(found.samples, baseline.samples, strict=True)]
+    nearer = [(ours < theirs) + (ours == theirs) / 2 for ours, theirs in pairs]
+    means = [math.fsum(behavior.kl) / len(behavior.kl) for behavior in (found, baseline)]
+    values = {"kl_difference": means[0] - means[1], "kl_nearer": math.fsum(nearer) / len(nearer)}
+    ends = {
+        "kl_difference": interval(tokens, [ours - theirs for ours, theirs in pairs]),
+        "kl_nearer": interval([1] * len(nearer), nearer),
+    }
+    figures = {"kl_baseline": means[1]}
+    for name, value in values.items():
+        figures |= {name: value, **dict(zip((f"{name}_low", f"{name}_high"), ends[name], strict=False))}
+    return figures
 
 
 def interval(tokens: Sequence[int], means: Sequence[float]) -> tuple[float, ...]:

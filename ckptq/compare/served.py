@@ -2,8 +2,8 @@
 
 Weights are decoded beforehand (decoded.py), so a linear here is its input, rounded to codes, times its weight, rounded to codes, in
 BF16. A server multiplies codes and scales the sums in float32: beside the rounding to 8 bits and less the difference is small.
-Where shards of a fused linear have different input scales, the largest counts, as vLLM 0.32.0 has it; where their weight scales
-differ, vLLM rounds some of them a second time at load, which is not done here.
+Where shards of a fused linear, or routed experts of a layer, have different input scales, the largest counts, as vLLM 0.32.0 has
+it; weights that it rounds a second time at load, since their shards' scales differ, are decoded so (again.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from ckptq.checkpoint import Component, Reader
+from ckptq.compare.casts import through_fp8
+from ckptq.compare.decoded import is_coded
 from ckptq.errors import DataError, UnsupportedError
 from ckptq.numerics import Desk, find_numerics
 from ckptq.observe_experts import watching
@@ -27,7 +29,6 @@ from ckptq.validators.formats import Format
 from ckptq.validators.scales import read_scales
 
 Cast = Callable[[torch.Tensor], torch.Tensor]
-_TOKEN, _TENSOR = SCHEMES["fp8-dynamic"], SCHEMES["fp8"]
 
 
 @contextmanager
@@ -36,10 +37,13 @@ def serving(streamed: StreamedModel, stored: Component, at: Expected, reader: Re
 
     at  what the server builds    kv  names of the modules whose outputs become K and V, relative to the layer
 
-    Raises DataError for a scale that is missing or no number, UnsupportedError where an attention can't be reached.
+    Raises DataError for a scale that is missing or no number and for weights stored otherwise than the server builds them,
+    UnsupportedError where an attention can't be reached.
     """
+    _refuse_unlike(stored, at)
     with ExitStack() as hooks:
         experts: dict[Any, dict[str, list[str]]] = {}
+        last: list[Any] = [None, None, None]
         for linear in dict.fromkeys(at.linears.values()):
             form, there = at.format_of(linear.shards[0]), [m for m in linear.shards if f"{m}.weight" in streamed.names]
             if form is None or not there:
@@ -47,8 +51,9 @@ def serving(streamed: StreamedModel, stored: Component, at: Expected, reader: Re
             if (parameter := streamed.parameter(there[0])) != "weight":
                 experts.setdefault(streamed.module(there[0]), {}).setdefault(parameter, []).extend(there)
             elif cast := _cast(form, _input_scale(form, linear.shards, stored, reader)):
+                shared = last if len(there) > 1 else None
                 for module in there:
-                    hook = streamed.module(module).register_forward_pre_hook(partial(_cast_input, cast))
+                    hook = streamed.module(module).register_forward_pre_hook(partial(_cast_input, cast, shared))
                     hooks.callback(hook.remove)
         for owner, parameters in experts.items():
             places: dict[str, tuple[str, Cast]] = {}
@@ -63,9 +68,26 @@ def serving(streamed: StreamedModel, stored: Component, at: Expected, reader: Re
         yield
 
 
-def _input_scale(
-    form: Format, shards: Sequence[str], stored: Component, reader: Reader, *, experts: bool = False
-) -> float | None:
+def head_cast(stored: Component, at: Expected, reader: Reader) -> Cast | None:
+    """What the server makes of what enters the output head; None where that takes it as it is. Raises DataError as `serving`."""
+    for linear in at.linears.values():
+        module, form = linear.shards[0], at.format_of(linear.shards[0])
+        if form and at.scope.canonical(f"{module}.weight") == f"{at.scope.head}.weight" and f"{module}.weight" in stored.tensors:
+            return _cast(form, _input_scale(form, linear.shards, stored, reader))
+    return None
+
+
+def _refuse_unlike(stored: Component, at: Expected) -> None:
+    """A server casts BF16 to codes without a scale, or codes to BF16, or raises: compare has no figures for that."""
+    for module in at.linears:
+        codes = stored.tensors.get(f"{module}.weight", stored.tensors.get(f"{module}.weight_packed"))
+        built = at.format_of(module) is not None
+        if codes is not None and is_coded(codes, stored) is not built:
+            how = ("in codes", "not quantized")
+            raise DataError(f"{codes.spec.name}: stored {how[built]}, and the server builds it {how[not built]}", hint=_HINT)
+
+
+def _input_scale(form: Format, shards: Sequence[str], stored: Component, reader: Reader, *, experts: bool = False) -> float | None:
     """The scale by which inputs are multiplied back, of fused shards the largest; None where the server takes none.
 
     experts  `shards` are those of all routed experts of a layer: they share what the server makes of it. vLLM 0.32.0
@@ -97,31 +119,28 @@ def _cast(form: Format, scale: float | None) -> Cast | None:
     if form.packed == 2 and group == 16:
         return None if scale is None else partial(_nvfp4, whole=scale)
     if group == 32:
-        return partial(_through, SCHEMES["mxfp8" if form.packed == 1 else "mxfp4"], None)
+        return partial(_through, SCHEMES["mxfp8" if form.packed == 1 else "mxfp4"])
     if form.granularity == "block":
         return _by_groups
-    return partial(_through, _TOKEN, None) if scale is None else partial(_through, _TENSOR, scale)
+    return partial(through_fp8, scale=scale)
 
 
-def _through(scheme: Scheme, whole: float | None, values: torch.Tensor) -> torch.Tensor:
-    """Values [..., k] to codes of a scheme and back, each row as a row of a weight."""
+def _through(scheme: Scheme, values: torch.Tensor) -> torch.Tensor:
+    """Values [..., k] to codes of a scheme with local scales and back, each row as a row of a weight."""
+    assert scheme.scale is not None
     rows = values.reshape(-1, values.shape[-1]).contiguous()
-    if whole is not None:  # servers saturate; torch 2.11's own cast on CUDA makes NaN
-        rows = rows.float().clamp(-448 * whole, 448 * whole)
     desk, numerics = Desk(values.device), find_numerics(scheme)
     codes = torch.empty((len(rows), rows.shape[1] // scheme.packed), dtype=_DTYPES[scheme.codes], device=rows.device)
-    scales = None
-    if scheme.scale is not None:
-        scales = torch.empty(scheme.scale_shape((len(rows), rows.shape[1])), dtype=_DTYPES[scheme.scale], device=rows.device)
-    numerics.encode(rows, scheme, whole, codes, scales, desk)
-    return numerics.decode(codes, scheme, whole, scales).to(values.dtype).view(values.shape)
+    scales = torch.empty(scheme.scale_shape((len(rows), rows.shape[1])), dtype=_DTYPES[scheme.scale], device=rows.device)
+    numerics.encode(rows, scheme, None, codes, scales, desk)
+    return numerics.decode(codes, scheme, None, scales).to(values.dtype).view(values.shape)
 
 
 def _by_groups(values: torch.Tensor) -> torch.Tensor:
     """FP8 under a scale for each 128 columns of a token, the last of which may be fewer."""
     columns = values.shape[-1]
     padded = torch.nn.functional.pad(values, (0, -columns % 128))
-    return _through(_TOKEN, None, padded.reshape(-1, 128)).view(padded.shape)[..., :columns]
+    return through_fp8(padded.reshape(-1, 128), None).view(padded.shape)[..., :columns]
 
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -151,8 +170,13 @@ def _nvfp4(values: torch.Tensor, whole: float) -> torch.Tensor:
     return ((near / step).round() * step * local).to(values.dtype).view(values.shape)
 
 
-def _cast_input(cast: Cast, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (cast(args[0]), *args[1:])
+def _cast_input(cast: Cast, last: list[Any] | None, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`last` is the input that was cast last, by what, and what became of it: shards of a fused linear read the same one."""
+    if last is None:
+        return (cast(args[0]), *args[1:])
+    if last[0] is not args[0] or last[1] is not cast:
+        last[:] = args[0], cast, cast(args[0])
+    return (last[2], *args[1:])
 
 
 @contextmanager
@@ -167,7 +191,7 @@ def _experts(owner: Any, places: Mapping[str, tuple[str, Cast]]) -> Iterator[Non
 
 def cached(scale: float) -> Cast:
     """What an FP8 cache makes of K or V: the nearest codes, as GPUs have it. vLLM 0.32.0's CPU kernel rounds toward zero."""
-    return partial(_through, _TENSOR, scale)
+    return partial(through_fp8, scale=scale)
 
 
 @contextmanager

@@ -91,12 +91,19 @@ def figures(errors: Sequence[WeightError], unmatched: int) -> dict[str, float]:
     }
 
 
-def by_coding(errors: Iterable[WeightError]) -> Mapping[str, list[WeightError]]:
-    """{format in words, or the dtype of what is no codes: its tensors}."""
-    found: dict[str, list[WeightError]] = {}
+def by_part(errors: Iterable[WeightError]) -> Mapping[tuple[str, str], list[WeightError]]:
+    """{(part of the model, format in words or the dtype of what is no codes): its tensors}, sorted."""
+    found: dict[tuple[str, str], list[WeightError]] = {}
     for error in errors:
-        found.setdefault(error.coding or error.dtype, []).append(error)
-    return found
+        found.setdefault((part_of(error.name), error.coding or error.dtype), []).append(error)
+    return dict(sorted(found.items()))
+
+
+def part_of(name: str) -> str:
+    """`model.layers`, `visual.blocks`, `lm_head`: of a tensor's name what comes before a number, at most two words."""
+    modules = name.split(".")[:-1] or [name]
+    numbered = next((i for i, word in enumerate(modules) if word.isdigit()), 2)
+    return ".".join(modules[: min(numbered, 2)])
 
 
 def _jobs(part: Part, reader: Reader, other: Reader) -> Iterator[_Job]:

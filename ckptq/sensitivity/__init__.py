@@ -53,13 +53,14 @@ class Asked:
 class Part:
     """A part of the work.
 
-    forwards  each is all samples through all layers of one model      passes  over both checkpoints
-    seconds   None before any of it was timed
+    forwards  each is all samples through all layers of one model      passes   of the samples, side by side in all branches
+    nbytes    read of both checkpoints, in all passes                  seconds  None before any of it was timed
     """
 
     name: str
     forwards: float
     passes: int
+    nbytes: int
     seconds: float | None = None
 
 
@@ -68,7 +69,7 @@ class Counted:
     """What there is to do, known before anything is computed.
 
     base    by which the candidate was made; None where nobody says, and no recipe is asked for
-    tokens  of all samples, prompts and images included      nbytes  that a pass reads of both checkpoints
+    tokens  of all samples, prompts and images included
     stored  bytes of the candidate's weights                 kv      whether it has an FP8 KV cache
     parts   of the work, at most
     """
@@ -78,7 +79,6 @@ class Counted:
     kv: bool
     samples: int
     tokens: int
-    nbytes: int
     stored: int
     work: Work
     parts: tuple[Part, ...]
@@ -86,7 +86,7 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The first units of an order left as they are: what that costs. `nbytes`: of the output's weights."""
+    """A set of units that stay as they are, and what quantizing the others costs. `nbytes`: of the output's weights."""
 
     kept: tuple[str, ...]
     kl: Kl
@@ -101,7 +101,7 @@ class Sensitivity:
     whole     the candidate itself         cache  with its FP8 KV cache alone; None where it has none
     curve     sets that were measured, by the number of units that they keep, from none on
     spent     what the work took, and what was `expected` after the first layer
-    notes     what the budget left out
+    notes     what the budget left out, and what else a reader of the figures should know
     output    the folder that `recipe`, YAML, names; both None where there is nothing to keep
     """
 
@@ -123,7 +123,8 @@ class Sensitivity:
         if self.asked.keep is not None:
             return next(point for point in self.curve if len(point.kept) == self.asked.keep)
         limit = self.asked.limit
-        return None if limit is None else next((point for point in self.curve if point.kl.mean <= limit), None)
+        good = [point for point in self.curve if limit is not None and point.kl.mean <= limit]
+        return min(good, key=lambda point: point.nbytes, default=None)
 
     @property
     def exit_code(self) -> int:
@@ -143,6 +144,7 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
     from ckptq.calibration import load_samples
     from ckptq.compare.sampled import waiting_memory
     from ckptq.convert import resolve_device
+    from ckptq.recipe import load_recipe
     from ckptq.sections import of_models
     from ckptq.sensitivity import count, measure, recipe
     from ckptq.sensitivity.branches import running
@@ -152,9 +154,10 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
     settings = of_models(asked.samples)
     opened = [hub.fetch(name, weights=True) for name in (asked.reference, asked.candidate)]
     count.refuse_pipelines(asked, opened)
-    base = recipe.find_base(asked.reference, asked.candidate, opened[1].root, asked.recipe, needed=asked.chooses)
+    told = load_recipe(asked.recipe) if asked.recipe else None
     samples = load_samples(settings)
     where = torch.device(resolve_device(asked.device))
+    memory = waiting_memory(where, asked.memory)
     with running(
         opened[0].root,
         opened[1].root,
@@ -162,10 +165,12 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
         sequence_length=settings.sequence_length,
         max_pixels=getattr(settings, "max_pixels", None),
         device=where,
-        memory=waiting_memory(where, asked.memory),
+        memory=memory,
         console=console,
+        scope=told.scope if told else None,
     ) as runner:
-        counted = count.count(asked, runner, base, opened, samples)
+        base = recipe.find_base(asked.reference, asked.candidate, opened[1].root, asked.recipe, needed=asked.chooses)
+        counted = count.count(asked, runner, base, opened, samples, memory)
         tell(counted)
         if dry_run:
             return None

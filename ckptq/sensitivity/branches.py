@@ -20,12 +20,13 @@ import torch
 
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import Encoder
-from ckptq.compare.behavior import gap
 from ckptq.compare.head import compare_heads, split
 from ckptq.compare.sampled import interval
 from ckptq.compare.sides import Samples, Side, chosen, normed, open_side, refuse_others
+from ckptq.compare.tally import gap
 from ckptq.console import Console
 from ckptq.lockstep import Wave
+from ckptq.scopes import Scope
 from ckptq.sensitivity.choose import Kl
 from ckptq.sensitivity.units import Unit, find_units
 
@@ -74,7 +75,8 @@ class _Call:
             found = layer.forward(hidden, *self.args[1:], **self.kwargs)
         else:
             found = layer.forward(**{**self.kwargs, "hidden_states": hidden})
-        return found[0] if isinstance(found, tuple) else found
+        output: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return output
 
     def onward(self, output: torch.Tensor) -> torch.Tensor:
         """What goes into the next layer. Between layers models add at most what does not depend on them: Qwen3-VL's deepstack."""
@@ -91,6 +93,7 @@ class Runner:
 
     def __init__(self, reference: Side, candidate: Side, inputs: Samples, memory: int, console: Console) -> None:
         self.units: tuple[Unit, ...] = find_units(reference, candidate)
+        self.scope = reference.scope
         self.layer_of = {unit.name: unit.layer for unit in self.units}
         self.depth = len(reference.model.layers)
         self.has_kv = candidate.expected is not None and candidate.expected.settings.kv_fp8
@@ -190,15 +193,17 @@ def running(
     device: torch.device,
     memory: int,
     console: Console,
+    scope: Scope | None = None,
 ) -> Iterator[Runner]:
-    """`memory`: bytes that hidden states may hold between layers; what does not fit goes in waves.
+    """`memory`: bytes that hidden states may hold between layers; what does not fit goes in waves. `scope`: see measure_behavior.
 
     Raises RecipeError for two of different models and for a candidate that quantizes no layer, UnsupportedError for what can't be
     computed, CalibrationError for samples without judged tokens.
     """
     inputs = Samples(Encoder(reference, max_pixels, sequence_length), samples)
     with ExitStack() as stack, torch.inference_mode():
-        sides = [stack.enter_context(open_side(folder, device)) for folder in (reference, candidate)]
+        pairs = ((reference, candidate), (candidate, reference))
+        sides = [stack.enter_context(open_side(folder, device, beside, scope)) for folder, beside in pairs]
         refuse_others(sides[0], sides[1])
         yield Runner(sides[0], sides[1], inputs, memory, console)
 

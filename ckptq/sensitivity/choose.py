@@ -6,7 +6,7 @@ independent errors add up. Estimates rest on both, and nothing that is reported 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
@@ -116,9 +116,10 @@ def next_lengths(known: Mapping[int, float], estimates: Sequence[float], limit: 
     inside = range(bad + 1, good)
     if len(inside) <= width:
         return tuple(inside)
-    guess = _crossing(known, estimates, limit, bad, good)
+    guess, middle = _crossing(known, estimates, limit, bad, good), (bad + good) // 2
     even = (bad + (good - bad) * i // (width + 1) for i in range(1, width + 1))
-    wanted = dict.fromkeys(n for n in (guess, guess - 1, *_middle_first([*even])) if n in inside)
+    # The middle halves what is left, however wrong the estimates are.
+    wanted = dict.fromkeys(n for n in (*([guess] if width > 1 else ()), middle, guess - 1, *even) if n in inside)
     return tuple(sorted([*wanted][:width]))
 
 
@@ -129,5 +130,15 @@ def _crossing(known: Mapping[int, float], estimates: Sequence[float], limit: flo
     return next((n for n in range(bad + 1, good) if known[good] + stretch * (estimates[n] - after) <= limit), good - 1)
 
 
-def _middle_first(numbers: list[int]) -> Iterator[int]:
-    yield from sorted(numbers, key=lambda n: abs(2 * n - numbers[0] - numbers[-1]))
+def exchanges(
+    order: Sequence[str], kept: int, ends: tuple[float, float], kl: Mapping[str, float], saved: Mapping[str, int], limit: float
+) -> list[tuple[str, ...]]:
+    """Sets near the first `kept` of an order that make a smaller file and may meet the limit still, the smallest first.
+
+    Another unit in place of the last, or one of the others quantized after all, if by these KLs the limit would be met.
+    `ends`: the KL of one unit less, and of all these.
+    """
+    first, last = (*order[: kept - 1],), order[kept - 1]
+    other = ((*first, name) for name in order[kept:] if saved[name] < saved[last] and ends[0] - kl[name] <= limit)
+    less = (tuple(n for n in order[:kept] if n != name) for name in first if saved[name] > 0 and ends[1] + kl[name] <= limit)
+    return sorted([*other, *less], key=lambda names: sum(saved[name] for name in names))

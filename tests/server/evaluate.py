@@ -10,7 +10,9 @@ RESULT.json holds
     caption_nll        per scene, mean NLL in nats of the right caption and its end token, teacher forced
     text_nll           per chunk of the held-out text, summed NLL; text_tokens: how many tokens that sums over
     text_continuation  greedy continuations of the first chunks
-    caption_kl, text_kl  per scene and per chunk, KL(reference || this) summed over positions (with --reference)
+    prose_nll          of the first scenes, summed NLL of a piece of the text as the caption; prose_tokens. Of right captions the
+                       model is so sure that a few tokens carry all of the loss and of the KL: of prose every token counts
+    caption_kl, text_kl, prose_kl  per scene and per chunk, KL(reference || this) summed over positions (with --reference)
     caption_tokens     per scene, tokens of the right caption with its end token
     server             version and device; linears {what computes it: the language model's linears}; kv_cache {dtype: layers}
 
@@ -48,6 +50,8 @@ UNMEASURED = 4
 """Exit code where it was served, and what came back can't be trusted."""
 CHUNK = 128
 CONTINUED, CONTINUATION = 4, 16
+PROSE, PIECE = 32, 300
+"""Scenes that are judged with a piece of the text for a caption, too, and characters of a piece."""
 E4M3_MAX = 448.0
 # A fixed share of a GPU's memory: several of these processes can have one GPU.
 ON_GPU = {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.05}
@@ -143,17 +147,22 @@ def scenes(folder: Path, first: int | None = None) -> list[tuple[Path, str]]:
 
 
 def forced_runs(judge: Judge, wanted: list[tuple[Path, str]], text: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """("caption" or "text", log-probabilities, tokens) of every scene, then of every chunk of the text."""
+    """("text", "prose" or "caption", log-probabilities, tokens) of every chunk of the text, of the first scenes, of every scene.
+
+    In this order, so that fewer scenes can be held against the reference of all.
+    """
+    for chunk in chunks(judge, text):
+        yield "text", *judge.forced({"prompt_token_ids": chunk}, len(chunk) - 1)
     prompt = judge.prompt(PROMPT)
     start = len(judge.ids(prompt))
-    for path, caption in wanted:
+    whole = text.read_text(encoding="utf-8")
+    prose = [(path, whole[i * PIECE : (i + 1) * PIECE].strip()) for i, (path, _) in enumerate(wanted[:PROSE])]
+    for kind, path, caption in (*(("prose", *pair) for pair in prose), *(("caption", *pair) for pair in wanted)):
         ids = judge.ids(f"{prompt}{caption}<|im_end|>")
         if ids[:start] != judge.ids(prompt):
             raise UnmeasuredError(f"{path.name}: the caption changes how the prompt is split into tokens")
         request = {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.open(path).convert("RGB")}}
-        yield "caption", *judge.forced(request, len(ids) - start)
-    for chunk in chunks(judge, text):
-        yield "text", *judge.forced({"prompt_token_ids": chunk}, len(chunk) - 1)
+        yield kind, *judge.forced(request, len(ids) - start)
 
 
 def chunks(judge: Judge, text: Path) -> list[list[int]]:
@@ -172,7 +181,7 @@ def measure(judge: Judge, options: argparse.Namespace) -> dict[str, Any]:
         "captions": captions,
         "exact": [got.strip() == caption for got, (_, caption) in zip(captions, right, strict=True)],
         "text_continuation": judge.greedy(starts, CONTINUATION),
-        **{key: [] for key in ("caption_nll", "caption_tokens", "text_nll", "text_tokens", "caption_kl", "text_kl")},
+        **{f"{kind}_{figure}": [] for kind in ("caption", "text", "prose") for figure in ("nll", "tokens", "kl")},
     }
     judge.llm.apply_model(judge.tap.attach)  # after the generations, which so run in a server that nothing has touched
     reference = np.load(options.reference, mmap_mode="r") if options.reference else None
@@ -220,7 +229,7 @@ def loaded_weights(model: Any) -> dict[str, np.ndarray]:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dtype == torch.float8_e4m3fn:
-            found[name] = (weight.t().float() * module.weight_scale.float()).numpy()
+            found[name] = (weight.t().float() * module.weight_scale.float().reshape(-1, 1)).numpy()  # of all rows, or of each
     return found
 
 
