@@ -110,9 +110,9 @@ FAULTS = {
         (2, "self_attn.q_proj"),
         (2, "mlp.down_proj"),
     ),
-    # No weight is off and what goes into the attention is not; what comes out of it is.
+    # No weight is off, and K is right as it is projected, not as it is cached.
     "K's and V's scales swapped": Trace(
-        swap("k_proj.k_scale", "v_proj.v_scale", "model.layers.3.*.k_scale"), (), (3, "self_attn.o_proj"), None
+        swap("k_proj.k_scale", "v_proj.v_scale", "model.layers.3.*.k_scale"), (), (3, "self_attn.k_cache"), None
     ),
 }
 
@@ -131,6 +131,9 @@ def test_a_planted_fault_is_singled_out(fault: str, by_images: Path, good: Behav
     assert all(leap == 1 for (layer, _), leap in leaps.items() if layer < wanted.first[0])
     if wanted.worst is not None:
         assert max(after, key=lambda row: after[row]) == wanted.worst
+    # Without a good candidate beside it, too: what the cache adds to K's error.
+    added = [after[layer, "self_attn.k_cache"] / after[layer, "self_attn.k_proj"] for layer in range(6)]
+    assert [layer for layer, times in enumerate(added) if times > 2] == ([3] if "swapped" in fault else [])
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import Encoder
+from ckptq.compare.attended import Listeners, attended
 from ckptq.compare.head import Distances, compare_heads, split
 from ckptq.compare.room import waiting_room
 from ckptq.compare.sides import Samples, Side, chosen, normed, open_side, refuse_others
@@ -108,6 +110,7 @@ def measure_behavior(
     inputs = Samples(encoder, samples)
     tally, found = Tally(), list[tuple[int, Distances]]()
     with ExitStack() as stack, torch.inference_mode():
+        listeners = stack.enter_context(attended())
         sides = [
             stack.enter_context(open_side(folder, device, beside, scope))
             for folder, beside in ((reference, candidate), (candidate, reference))
@@ -117,7 +120,7 @@ def measure_behavior(
             memory = waiting_room(sides, len(samples), sequence_length, limit, device)
         first = 0
         while first < len(samples):
-            count, part = _wave(sides, inputs, range(first, len(samples)), memory, tally, console)
+            count, part = _wave(sides, inputs, range(first, len(samples)), memory, tally, listeners, console)
             found += part
             first += count
     gaps = tuple(_sample(number, distances, inputs) for number, distances in found)
@@ -135,10 +138,11 @@ def measure_behavior(
 
 
 def _wave(
-    sides: Sequence[Side], inputs: Samples, numbers: range, memory: int, tally: Tally, console: Console
+    sides: Sequence[Side], inputs: Samples, numbers: range, memory: int, tally: Tally, listeners: Listeners, console: Console
 ) -> tuple[int, list[tuple[int, Distances]]]:
     """(how many samples passed, what the distributions of each are apart)."""
     one, other = sides
+    cache = listeners if any(side.expected and side.expected.settings.kv_fp8 for side in sides) else {}
     with Wave(one.model, inputs.encode) as a, Wave(other.model, inputs.encode) as b:
         a.enter(numbers, memory // 2, console)
         b.enter(numbers[: len(a)], 1 << 62, console)
@@ -147,7 +151,7 @@ def _wave(
         with console.stage("compare", a.depth, "layers") as advance:
             for layer, _ in zip(a.layers(), b.layers(), strict=True):
                 pairs = _Pairs(tally, layer)
-                with _watching(one.model, layer, pairs.keep), _watching(other.model, layer, pairs.add):
+                with _watching(one.model, layer, pairs.keep, cache), _watching(other.model, layer, pairs.add, cache):
                     for place in range(len(a)):
                         a.step_one(place)
                         b.step_one(place)
@@ -169,8 +173,11 @@ Note = Callable[[str, torch.Tensor], None]
 
 
 @contextmanager
-def _watching(model: StreamedModel, layer: int, note: Note) -> Iterator[None]:
-    """Tells `note` what the layer's modules give, as they do: its linears, and the modules around them."""
+def _watching(model: StreamedModel, layer: int, note: Note, cache: Listeners) -> Iterator[None]:
+    """Tells `note` what the layer's modules give, as they do: its linears, and the modules around them.
+
+    By listeners in `cache` also what attention gets as K and V: self_attn.k_cache, self_attn.v_cache.
+    """
 
     def told(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
@@ -185,7 +192,14 @@ def _watching(model: StreamedModel, layer: int, note: Note) -> Iterator[None]:
             whole = "." not in name and not isinstance(module, torch.nn.Dropout)
             if name and (isinstance(module, torch.nn.Linear) or whole) and "norm" not in name:
                 hooks.callback(module.register_forward_hook(told(name)).remove)
+            cache[module] = partial(_note_cache, note, name)
         yield
+        cache.clear()
+
+
+def _note_cache(note: Note, name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+    note(f"{name}.k_cache", key)
+    note(f"{name}.v_cache", value)
 
 
 class _Pairs:
