@@ -35,6 +35,7 @@ IMPORTS = {
     "modelopt": (*MODEL, "modelopt.torch.quantization", "modelopt.torch.export"),
     "forward": MODEL,
     "streamed": (*MODEL, "ckptq.compare.sides"),
+    "compare": ("ckptq.compare",),
 }
 """What each kind would import later."""
 
@@ -135,12 +136,14 @@ def run_forward(job: dict[str, Any]) -> dict[str, float]:
 
     inputs = _inputs(job)
     model = transformers.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.bfloat16).to(job["device"])
-    start, user = time.perf_counter(), _user()
+    start = time.perf_counter()
     with torch.inference_mode():
         for sample in inputs:
             logits = model(**{name: tensor.to(job["device"]) for name, tensor in sample.items()}, use_cache=False).logits
             float(logits[0, 0, 0])  # on a GPU, wait for it
-    return {"forward": time.perf_counter() - start, "forward user": _user() - user}
+    return {
+        "forward": time.perf_counter() - start,
+    }
 
 
 def run_streamed(job: dict[str, Any]) -> dict[str, float]:
@@ -153,7 +156,7 @@ def run_streamed(job: dict[str, Any]) -> dict[str, float]:
     from ckptq.lockstep import Wave
 
     encoder, samples, console = Encoder(Path(job["model"]), None, job["length"]), _samples(job), Console(quiet=True)
-    start, user = time.perf_counter(), _user()
+    start = time.perf_counter()
     with (
         torch.inference_mode(),
         open_side(Path(job["model"]), torch.device(job["device"])) as side,
@@ -162,11 +165,21 @@ def run_streamed(job: dict[str, Any]) -> dict[str, float]:
         wave.enter(range(len(samples)), 1 << 62, console)
         for _ in wave.layers():
             wave.step()
-    return {"forward": time.perf_counter() - start, "forward user": _user() - user}
+    return {
+        "forward": time.perf_counter() - start,
+    }
 
 
-def _user() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+def run_compare(job: dict[str, Any]) -> dict[str, float]:
+    """`ckptq compare` of `model` and `candidate`, and of that what the samples took: towers, layers and heads of both."""
+    from ckptq.compare import Asked, compare
+    from ckptq.console import Console
+    from ckptq.sections import TextCalibration
+
+    settings = TextCalibration(source="text", files=job["text"], samples=job["samples"], sequence_length=job["length"])
+    console = Console(quiet=True)
+    compare(Asked(job["model"], job["candidate"], samples=settings, device=job["device"], memory=job.get("memory")), console)
+    return {**console.seconds, "forward": sum(console.seconds[stage] for stage in ("enter", "compare", "heads"))}
 
 
 def _inputs(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -195,7 +208,8 @@ def _batches(inputs: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     return [{"input_ids": torch.cat(same[at : at + size])} for same in by_length.values() for at in range(0, len(same), size)]
 
 
-RUNS = {"ckptq": run_ckptq, "modelopt": run_modelopt, "floor": run_floor, "forward": run_forward, "streamed": run_streamed}
+RUNS = {"ckptq": run_ckptq, "modelopt": run_modelopt, "floor": run_floor, "forward": run_forward, "streamed": run_streamed,
+        "compare": run_compare}  # fmt: skip
 
 if __name__ == "__main__":
     main()

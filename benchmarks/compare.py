@@ -1,6 +1,6 @@
 """`ckptq compare` against one BF16 forward of the same samples, and its memory against `ckptq convert`'s.
 
-    python benchmarks/compare.py [--rounds 2] [--layers 4] [--samples 12] [--length 512] [--threads N] [--work DIR]
+    python benchmarks/compare.py [--rounds 2] [--layers 4] [--samples 8] [--length 512] [--threads N] [--work DIR]
     python benchmarks/compare.py --device cuda --preset 7b --layers 8 --samples 64
 
 A checkpoint of Qwen2.5-VL's shape, of random weights, is converted to FP8 static with FP8 KV and to FP8 dynamic. Then, each in a
@@ -10,10 +10,11 @@ forward   transformers' resident model: from_pretrained, the samples one at a ti
 streamed  the same layers from disk, one at a time, without the output head: what the engine of `convert` takes
 static    ckptq compare SOURCE STATIC --text ...: the weights of both, both models on the samples, both output heads
 dynamic   the same of the other
-weights   ckptq compare SOURCE STATIC --weights-only, once: what of `static` the comparison of the weights takes
 
-Wall and user CPU are of whole processes, imports included; `forwards` is of the forwards alone. The goal is on the fastest rounds:
-a comparison takes at most 2.5 times the user CPU of the whole forward, or the wall time of it.
+Wall and user CPU are of whole processes, imports included; `forwards` is the wall time of the forwards alone, of a comparison that
+of both models and their heads; `weights` what of it the comparison of the weights takes. The goal is on the fastest rounds: a
+comparison takes at most 2.5 times the wall time of one forward, the whole process beside the whole process, and on a CPU the
+forwards beside the forwards, too.
 Then peak memory at that depth and at twice that depth, beside that of `convert` with the same samples, and under --memory. Exits
 with 1 where the goal is missed, twice the depth changes the peak by 5 % or more, or --memory is not kept.
 """
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=12)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -70,19 +71,18 @@ def measure(work: Path, args: argparse.Namespace) -> bool:
     runs: dict[str, list[dict[str, Any]]] = {}
     for number in range(args.rounds):
         for kind in ("forward", "streamed", "static", "dynamic"):
-            found = child(kind, source, texts, args) if kind not in RECIPES else compared(source, kind, texts, args)
+            found = compared(source, kind, texts, args) if kind in RECIPES else child(kind, source, texts, args)
             runs.setdefault(kind, []).append(found)
             print(f"round {number + 1} {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()), file=sys.stderr, flush=True)
-    runs["weights"] = [compared(source, "static", texts, args, "--weights-only")]
     good = report(runs, args)
     deep = compared(models[depths[1]], "static", texts, args)
-    rss = [least(runs["static"], "rss"), deep["rss"]]
+    rss = [max(found["rss"] for found in runs["static"]), deep["rss"]]
     good = deeper(rss, [found.rss for found in converted.values()], args) and good
     if args.device == "cpu":  # elsewhere it limits what the device gives
-        limit = int(0.9 * rss[0]) // 10**6
-        tight = compared(source, "static", texts, args, "--memory", f"{limit}MB")["rss"]
-        print(f"compare --memory {limit}MB: {tight / 1e6:.0f} MB")
-        good = tight <= limit * 10**6 and good
+        limit = int(0.9 * rss[0])
+        tight = compared(source, "static", texts, args, memory=limit)["rss"]
+        print(f"compare --memory {limit / 1e6:.0f}MB: {tight / 1e6:.0f} MB")
+        good = tight <= limit and good
     return good
 
 
@@ -90,51 +90,42 @@ def convert(model: Path, kind: str, texts: Path, args: argparse.Namespace) -> Ru
     """`ckptq convert` of the model, beside which the output lies."""
     calibration = {"source": "text", "files": [str(texts)], "samples": args.samples, "sequence_length": args.length}
     settings = ["--set", f"calibration={json.dumps(calibration)}"] if kind == "static" else []
-    return ckptq("convert", "--recipe", RECIPES[kind], *settings, "--model", model, "--output", f"{model}-{kind}",
-                 "--device", args.device)  # fmt: skip
+    return run([sys.executable, "-m", "ckptq", "convert", "--recipe", RECIPES[kind], *settings, "--model", model,
+                "--output", f"{model}-{kind}", "--device", args.device])  # fmt: skip
 
 
-def compared(model: Path, kind: str, texts: Path, args: argparse.Namespace, *more: str) -> dict[str, Any]:
+def compared(model: Path, kind: str, texts: Path, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """`ckptq compare` of the model and what it was converted to."""
-    sizes = [f"--samples={args.samples}", f"--sequence-length={args.length}", f"--text={texts}", f"--device={args.device}"]
-    found = ckptq("compare", model, f"{model}-{kind}", *([] if "--weights-only" in more else sizes), *more)
-    return {"wall": found.wall, "user": found.user, "rss": found.rss}
+    return child("compare", model, texts, args, candidate=f"{model}-{kind}", **more)
 
 
-def ckptq(*options: str | Path) -> Run:
-    return run([sys.executable, "-m", "ckptq", *options, "--format", "json"])
-
-
-def child(kind: str, model: Path, texts: Path, args: argparse.Namespace) -> dict[str, Any]:
+def child(kind: str, model: Path, texts: Path, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """One run of benchmarks/child.py."""
     job = {"model": str(model), "output": "unused", "text": [str(texts)], "samples": args.samples, "length": args.length,
-           "threads": args.threads, "device": args.device}  # fmt: skip
+           "threads": args.threads, "device": args.device, **more}  # fmt: skip
     file = model.with_name("job.json")
     file.write_text(json.dumps(job))
     found = run([sys.executable, ROOT / "benchmarks/child.py", kind, file])
     stages = json.loads(found.out)["stages"]
     return {"wall": found.wall, "user": found.user, "rss": found.rss, "forwards": stages["forward"],
-            "forwards user": stages["forward user"]}  # fmt: skip
+            "weights": stages.get("weights", 0.0)}  # fmt: skip
 
 
 def report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> bool:
     """Prints what was measured. Whether comparisons are fast enough."""
     what = f"{args.layers} layers of {args.preset}" if args.preset else f"{args.layers} layers"
     print(f"{what}, {args.samples} samples of {args.length} tokens, {args.device}, {args.threads} threads, {args.rounds} rounds")
-    keys = ("wall", "user", "forwards", "forwards user")
-    print(f"{'':10}" + "".join(f"{key:>15}" for key in (*keys, "peak RSS")))
+    keys = ("wall", "user", "forwards", "weights")
+    print(f"{'':10}" + "".join(f"{key:>12}" for key in (*keys, "peak RSS")))
     for kind, found in runs.items():
-        times = [f"{least(found, key):.2f} s" if key in found[0] else "" for key in keys]
-        print(f"{kind:10}" + "".join(f"{text:>15}" for text in (*times, f"{least(found, 'rss') / 1e6:.0f} MB")))
-    good = True
-    once = runs["forward"]
+        times = [f"{least(found, key):.2f} s" for key in keys]
+        print(f"{kind:10}" + "".join(f"{text:>12}" for text in (*times, f"{least(found, 'rss') / 1e6:.0f} MB")))
+    good, once = True, runs["forward"]
     for kind in RECIPES:
-        wall, user = least(runs[kind], "wall"), least(runs[kind], "user")
-        whole = wall / least(once, "wall"), user / least(once, "user")
-        alone = wall / least(once, "forwards"), user / least(once, "forwards user")
-        met = min(whole) <= GOAL
-        print(f"{kind} / forward: wall {whole[0]:.2f}, user CPU {whole[1]:.2f} (goal {GOAL}: {'reached' if met else 'MISSED'}); "
-              f"to the forwards alone: wall {alone[0]:.2f}, user CPU {alone[1]:.2f}")  # fmt: skip
+        wall, user, forwards = (least(runs[kind], key) / least(once, key) for key in ("wall", "user", "forwards"))
+        met = wall <= GOAL and (forwards <= GOAL or args.device != "cpu")
+        print(f"{kind} / forward: whole processes {wall:.2f}, of their user CPU {user:.2f}, forwards {forwards:.2f} "
+              f"(at most {GOAL} wanted: {'reached' if met else 'MISSED'})")  # fmt: skip
         good = good and met
     return good
 

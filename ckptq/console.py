@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
-Unit = Literal["bytes", "layers", "samples", "steps", "tensors", "units"]
+Unit = Literal["bytes", "layers", "rows", "samples", "steps", "tensors", "units"]
 Advance = Callable[[int], None]
 LOG_EVERY = 30.0
 """Seconds between two lines of one stage in a log."""

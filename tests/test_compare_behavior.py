@@ -25,7 +25,7 @@ from ckptq.compare.spans import judged
 from ckptq.compare.tally import gap
 from ckptq.console import Console
 from ckptq.convert import convert
-from ckptq.errors import RecipeError
+from ckptq.errors import RecipeError, UnsupportedError
 from ckptq.numerics import find_numerics
 from ckptq.prepare import prepare
 from ckptq.recipe import load_recipe
@@ -178,28 +178,67 @@ def test_planted_faults_show(fault: str, fp8: Path, good: Behavior, tmp_path: Pa
         assert next(i for i, leap in enumerate(leaps) if leap > 1.5) == 2
 
 
+def head(rows: torch.Tensor, read: list[range] | None = None) -> Head:
+    """One with these rows. `read`: which were asked for."""
+    found = Head.__new__(Head)
+    found.size, found.finish = len(rows), lambda logits: logits
+
+    def asked(first: int, last: int) -> torch.Tensor:
+        if read is not None:
+            read.append(range(first, last))
+        return rows[first:last]
+
+    found.rows = asked  # type: ignore[method-assign]
+    return found
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from((3, 5000)), st.floats(0, 3))
 def test_heads_in_pieces_are_heads_as_a_whole(seed: int, vocabulary: int, noise: float) -> None:
-    """KL, losses and the likeliest token against log_softmax over all of the vocabulary, in float64."""
+    """KL, losses and the likeliest token of two candidates against log_softmax over all of the vocabulary, in float64."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn(vocabulary, 8, generator=generator) for _ in range(2)]
     rows[1] = rows[0] + noise * rows[1]
-    hidden = torch.randn(7, 8, generator=generator) * 3
+    hidden = [torch.randn(7, 8, generator=generator) * 3 for _ in range(2)]
     tokens = torch.randint(vocabulary, (7,), generator=generator)
+    one, other = map(head, rows)
+    p = torch.log_softmax((hidden[0] @ rows[0].T).double(), -1)
+    after = [hidden[0] @ rows[1].T, hidden[1] @ rows[0].T]
+    both = compare_heads([one, other, one], [hidden[0], hidden[0], hidden[1]], tokens)
+    for found, logits in zip(both, after, strict=True):
+        q = torch.log_softmax(logits.double(), -1)
+        assert torch.allclose(found.kl, (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-4)
+        assert torch.allclose(found.nll_reference, -p.gather(1, tokens[:, None])[:, 0], atol=1e-4)
+        assert torch.allclose(found.nll_candidate, -q.gather(1, tokens[:, None])[:, 0], atol=1e-4)
+        assert found.same_top.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
 
-    def head(values: torch.Tensor) -> Head:
-        found = Head.__new__(Head)
-        found.size, found.finish = vocabulary, lambda logits: logits
-        found.rows = lambda first, last: values[first:last]  # type: ignore[method-assign]
-        return found
 
-    found = compare_heads(head(rows[0]), head(rows[1]), (hidden, hidden), tokens)
-    p, q = (torch.log_softmax((hidden @ r.T).double(), -1) for r in rows)
-    assert torch.allclose(found.kl, (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-4)
-    assert torch.allclose(found.nll_reference, -p.gather(1, tokens[:, None])[:, 0], atol=1e-4)
-    assert torch.allclose(found.nll_candidate, -q.gather(1, tokens[:, None])[:, 0], atol=1e-4)
-    assert found.same_top.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(8, 30), st.floats(-7, 0), st.floats(-1, 1))
+def test_the_kl_of_easy_tokens_is_told(seed: int, sure: float, small: float, shift: float) -> None:
+    """One token is nearly certain, and the candidate's logits are all a little off: the KL is far below float32's 1e-7 of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, 5000, generator=generator)
+    logits[range(6), range(0, 5000, 900)] = sure
+    others = logits + shift + 10**small * torch.randn(6, 5000, generator=generator)
+    logits, others = (values.bfloat16().float() for values in (logits, others))  # as models have them
+    here = torch.eye(6)  # so that a head's rows are the logits themselves
+    found = compare_heads([head(logits.T), head(others.T)], [here, here], torch.zeros(6, dtype=torch.int64))[0]
+    p, q = (torch.log_softmax(values.double(), -1) for values in (logits, others))
+    assert torch.allclose(found.kl, (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-9)
+
+
+def test_rows_are_read_once_however_many_candidates_there_are() -> None:
+    """None of these changes another's figures, and the same states differ in nothing."""
+    read: list[range] = []
+    shared = head(torch.randn(9000, 8), read)
+    hidden, tokens = [torch.randn(1100, 8) for _ in range(3)], torch.randint(9000, (1100,))
+    found = compare_heads([shared] * 4, [*hidden, hidden[0]], tokens)
+    assert read == [range(4096), range(4096, 8192), range(8192, 9000)]
+    assert torch.equal(found[1].kl, compare_heads([shared] * 2, [hidden[0], hidden[2]], tokens)[0].kl)
+    assert float(found[2].kl.max()) == 0 < float(found[0].kl.min())
+    with pytest.raises(UnsupportedError, match="the vocabularies differ: 9000 tokens and 8"):
+        compare_heads([shared, shared, head(torch.zeros(8, 8))], hidden, tokens)
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

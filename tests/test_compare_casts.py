@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_checkpoint import make_checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ckptq import cost
 from ckptq.compare import casts
+from ckptq.compare.attended import Attention, attended, replaced
 from ckptq.compare.casts import through_fp8
 from ckptq.compare.room import waiting_room
 from ckptq.compare.sides import open_side
@@ -78,6 +81,22 @@ def test_sums_are_those_of_float64(seed: int, noise: float) -> None:
         tally.enter(part, other)
     assert tally.layers()[0].hidden.relative_l2 == pytest.approx(gap(*wanted.tolist()).relative_l2, rel=1e-5)
     assert tally.entering() == tally.layers()[0].hidden
+
+
+def test_stand_ins_for_attention_lie_in_one_another() -> None:
+    """What was there before comes back, after an error, too, and the library's own in the end."""
+    plain, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], list[str]()
+
+    def named(name: str) -> Callable[[Attention], Attention]:
+        return lambda function: lambda *args: function(*args, calls.append(name))
+
+    with replaced(["sdpa"], named("first")):
+        first = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        with pytest.raises(TypeError), attended(), replaced(["sdpa"], named("last")):
+            ALL_ATTENTION_FUNCTIONS["sdpa"](None, *torch.zeros(3), *range(9))  # more than it takes
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is first
+    assert calls == ["last", "first"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
 
 
 def test_a_limit_leaves_room_for_samples_or_says_what_it_takes(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from ckptq.calibration import load_samples
 from ckptq.cli import main
 from ckptq.console import Console
 from ckptq.convert import convert
-from ckptq.hub import fetch
 from ckptq.prepare import prepare
 from ckptq.recipe import load_recipe, parse_recipe
 from ckptq.sections import TextCalibration
@@ -263,7 +262,7 @@ def test_a_budget_is_kept_by_measuring_less(
     budget = forwards * 6 * 6  # layers and samples
     job = Asked(str(SOURCE), str(fp8), SETTINGS, budget=budget, **asked)
     base = find_base(str(SOURCE), str(fp8), fp8, None, needed=True)
-    counted = count.count(job, runner, base, [fetch(str(SOURCE)), fetch(str(fp8))], load_samples(SETTINGS), 10**9)
+    counted = count.count(job, runner, base)
     found = measure(job, counted, runner, Clock(budget, now=lambda: ticks[0]), Console(quiet=True))
     assert sum(part.forwards for part in counted.parts) > forwards
     assert 0.5 * budget < ticks[0] < 1.05 * budget
@@ -331,6 +330,7 @@ BAD = [
     (("--keep", "2", "--output", "no/such/r.yaml"), "there is no folder no/such"),
     (("--coco", "images", "captions.json"), "--text and --coco: expected one source of samples"),
     (("--memory", "much"), "--memory: expected a size"),
+    (("--memory", "1MB"), "--memory 1 MB: too little: embeddings, a decoder layer and one sample take "),
 ]
 
 

@@ -213,7 +213,7 @@ def test_work_by_hand() -> None:
     work = Work(layers=4, units=8, head=0.25)
     assert work.local == 1 + 8 / 4
     assert work.branches([0]) == 1 + 1 + 2 * 0.25, "the reference and the branch, and the logits of both"
-    assert work.branches([3, 1]) == 1 + 1 / 4 + 3 / 4 + 4 * 0.25
+    assert work.branches([3, 1]) == 1 + 1 / 4 + 3 / 4 + 3 * 0.25
     assert work.branches([]) == 0
     waves = Work(layers=4, units=8, head=0.25, nbytes=100, waiting=30, memory=80, samples=3)
     assert [waves.reads(branches) for branches in (0, 1, 2, 6, 99)] == [100, 100, 200, 300, 300], "one sample at least"

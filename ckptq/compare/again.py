@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ckptq.checkpoint import Component, Reader
+from ckptq.numerics.fp8 import numbers
 from ckptq.validators.expected import Expected
 from ckptq.validators.scales import read_scales
 
@@ -34,4 +35,4 @@ def round_again(values: torch.Tensor, scales: Scales) -> torch.Tensor:
     own, largest = scales
     halves = (values / own).to(torch.float16) * torch.tensor(own, dtype=torch.float32)
     codes = (halves.float() * (1 / torch.tensor(largest, dtype=torch.float32))).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return codes.float() * largest
+    return numbers(codes).mul_(largest)

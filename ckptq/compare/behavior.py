@@ -6,6 +6,7 @@ states are compared, and within it what linears, attention and feed-forward give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -20,7 +21,7 @@ from ckptq.calibration.encode import Encoder
 from ckptq.compare.attended import Listeners, attended
 from ckptq.compare.head import Distances, compare_heads, split
 from ckptq.compare.room import waiting_room
-from ckptq.compare.sides import Samples, Side, chosen, normed, open_side, refuse_others
+from ckptq.compare.sides import Samples, Side, open_side, predicting, refuse_others
 from ckptq.compare.tally import Gap, LayerGap, Tally
 from ckptq.console import Console
 from ckptq.lockstep import Wave
@@ -124,7 +125,7 @@ def measure_behavior(
             found += part
             first += count
     gaps = tuple(_sample(number, distances, inputs) for number, distances in found)
-    worst = sorted(found, key=lambda item: -float(item[1].kl.mean()))[:WORST]
+    worst = sorted(found, key=lambda item: -float(item[1].kl.mean().nan_to_num(math.inf)))[:WORST]
     return Behavior(
         tally.entering(),
         tally.layers(),
@@ -161,11 +162,9 @@ def _wave(
         last = [wave.hidden() for wave in (a, b)]
     numbers = numbers[: len(last[0])]
     tokens = inputs.came(numbers).to(one.model.device)
-    with console.stage("heads", 1, "steps") as advance:
-        after = chosen(normed(other, last.pop()), inputs, numbers)
-        before = chosen(normed(one, last.pop()), inputs, numbers)
-        distances = compare_heads(one.head, other.head, (before, after), tokens)
-        advance(1)
+    hidden = [predicting(side, states, inputs, numbers) for side, states in zip(sides, last, strict=True)]
+    with console.stage("heads", one.head.size, "rows") as advance:
+        distances = compare_heads([one.head, other.head], hidden, tokens, advance)[0]
     return len(numbers), list(zip(numbers, split(distances, [len(inputs.spans[n]) for n in numbers]), strict=True))
 
 

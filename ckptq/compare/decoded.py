@@ -20,7 +20,9 @@ from ckptq.validators.expected import Expected
 from ckptq.validators.scales import block_of, scale_kind
 
 PART = 1 << 22
-"""Values that one thread decodes in one go; a multiple of PIECE."""
+"""Values that one thread decodes in one go."""
+ALONE = 1 << 15
+"""Values that torch rounds in the thread that asks: more it would share out among threads of its own."""
 
 
 class Decoded(Reader):
@@ -78,8 +80,9 @@ def _decode(held: Held, again: Scales | None, places: range, out: torch.Tensor, 
             area = Area(top, top + 1, left, min(held.columns, left + PIECE, left + places.stop - at))
         else:
             area = Area(top, top + rows, 0, held.columns)
-        values = torch.from_numpy(decode_area(held, area, desk))
-        out[at - places.start :][: area.count].copy_(values if again is None else round_again(values, again))
+        exact = torch.split(torch.from_numpy(decode_area(held, area, desk)), ALONE)
+        for values, rounded in zip(exact, torch.split(out[at - places.start :][: area.count], ALONE), strict=True):
+            rounded.copy_(values if again is None else round_again(values, again))
         at += area.count
 
 

@@ -1,15 +1,16 @@
-"""Two models' next-token distributions against each other, from their last hidden states: the output heads go by in pieces.
+"""Models' next-token distributions against a reference's, from their last hidden states: the output heads go by in pieces.
 
-Logits are never whole in memory. For each position the running maximum m, the sum s of exp(l - m) and, of the reference p,
+Logits are never whole in memory. For each position the running maximum m, the sum s of exp(l - m) and, of each candidate q,
 t = sum of exp(l_p - m_p) (l_p - l_q) are kept while the vocabulary passes, as flash attention does; then
 KL(p || q) = t / s_p - (m_p + log s_p) + (m_q + log s_q).
+
+Of tokens that are easy the KL is 1e-8 and less, the difference of numbers near 1: values are float32, their sums float64.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -104,32 +105,45 @@ def _defaults(model_type: str) -> object:
     return CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
 
 
-def compare_heads(reference: Head, candidate: Head, hidden: tuple[torch.Tensor, torch.Tensor], tokens: torch.Tensor) -> Distances:
-    """hidden  the two models' last hidden states, after the final norm, [N, H] each    tokens  int64 [N], those that came
+def compare_heads(
+    heads: Sequence[Head], hidden: Sequence[torch.Tensor], tokens: torch.Tensor, advance: Callable[[int], None] = lambda rows: None
+) -> list[Distances]:
+    """Each candidate against the reference, whose logits are computed once, as the rows of one head are read once.
+
+    heads    the reference's, then the candidates'; these may be one and the same
+    hidden   their models' last hidden states, after the final norm, [N, H] each
+    tokens   int64 [N], those that came
+    advance  is told the rows that have passed
 
     Raises UnsupportedError for vocabularies of different sizes.
     """
-    if reference.size != candidate.size:
-        raise UnsupportedError(f"the vocabularies differ: {reference.size} tokens and {candidate.size}")
-    states = _State(len(tokens), tokens.device), _State(len(tokens), tokens.device)
-    product = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-    for first in range(0, reference.size, ROWS):
-        last = min(first + ROWS, reference.size)
-        rows = [head.rows(first, last) for head in (reference, candidate)]
-        for at in range(0, len(tokens), TOKENS):
-            found = [torch.nn.functional.linear(h[at : at + TOKENS], r.to(h.dtype)) for h, r in zip(hidden, rows, strict=True)]
-            step = max(step_of(found[0]) // (last - first), 1)
-            for low, *both in zip(itertools.count(at, step), *(torch.split(logits, step) for logits in found)):
-                part = slice(low, low + len(both[0]))
-                p, q = (head.finish(logits.float()) for head, logits in zip((reference, candidate), both, strict=True))
-                apart = p - q
-                weights, shrunk = states[0].take(p, part, first, tokens[part])
-                states[1].take(q, part, first, tokens[part])
-                product[part] = product[part] * shrunk + apart.mul_(weights).sum(1)
-    ends = [state.largest.double() + state.total.log() for state in states]
-    kl = product / states[0].total - ends[0] + ends[1]
-    nll = [end - state.told.double() for end, state in zip(ends, states, strict=True)]
-    return Distances(*(found.cpu() for found in (kl.clamp(min=0), *nll, *(state.top for state in states))))
+    if other := next((head for head in heads if head.size != heads[0].size), None):
+        raise UnsupportedError(f"the vocabularies differ: {heads[0].size} tokens and {other.size}")
+    one, *others = (_State(len(tokens), tokens.device) for _ in heads)
+    for first in range(0, heads[0].size, ROWS):
+        last = min(first + ROWS, heads[0].size)
+        rows = {head: head.rows(first, last).to(hidden[0].dtype) for head in dict.fromkeys(heads)}
+        for block in _slices(0, len(tokens), TOKENS):
+            told = torch.nn.functional.linear(hidden[0][block], rows[heads[0]])
+            parts = list(_slices(block.start, block.stop, max(step_of(told) // (last - first), 1)))
+            places = [slice(part.start - block.start, part.stop - block.start) for part in parts]
+            weights, shrunk = torch.empty_like(told, dtype=torch.float32), torch.empty_like(told[:, 0], dtype=torch.float64)
+            for part, place in zip(parts, places, strict=True):
+                p = heads[0].finish(told[place].to(torch.float32, copy=True))
+                weights[place], shrunk[place] = one.take(p, part, first, tokens[part])
+            for head, state, after in zip(heads[1:], others, hidden[1:], strict=True):
+                found = torch.nn.functional.linear(after[block], rows[head])
+                for part, place in zip(parts, places, strict=True):
+                    q = head.finish(found[place].float())
+                    apart = (heads[0].finish(told[place].float()) - q).mul_(weights[place])
+                    state.product[part] = state.product[part] * shrunk[place] + apart.sum(1, dtype=torch.float64)
+                    state.take(q, part, first, tokens[part])
+        advance(last - first)
+    return [_distances(one, state) for state in others]
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
 def split(distances: Distances, sizes: Sequence[int]) -> list[Distances]:
@@ -139,11 +153,12 @@ def split(distances: Distances, sizes: Sequence[int]) -> list[Distances]:
 
 
 class _State:
-    """What is kept of one model's logits, a value a position."""
+    """What is kept of one model's logits, a value a position. `product`: the t of a candidate."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.largest = torch.full((count,), -torch.inf, device=device)
         self.total = torch.zeros(count, dtype=torch.float64, device=device)
+        self.product = torch.zeros(count, dtype=torch.float64, device=device)
         self.told = torch.zeros(count, device=device)
         self.top = torch.zeros(count, dtype=torch.int64, device=device)
 
@@ -162,6 +177,17 @@ class _State:
         both = torch.maximum(known, largest)
         shrunk = torch.exp((known - both).double())
         weights = logits.sub_(both[:, None]).exp_()
-        self.total[part] = self.total[part] * shrunk + weights.sum(1)
+        self.total[part] = self.total[part] * shrunk + weights.sum(1, dtype=torch.float64)
         self.largest[part] = both
         return weights, shrunk
+
+    @property
+    def end(self) -> torch.Tensor:
+        """The logarithm of the sum of exp(l), float64 [N]."""
+        return self.largest.double() + self.total.log()
+
+
+def _distances(one: _State, other: _State) -> Distances:
+    kl = (other.product / one.total - one.end + other.end).clamp(min=0)
+    losses = (state.end - state.told.double() for state in (one, other))
+    return Distances(*(found.cpu() for found in (kl, *losses, one.top, other.top)))

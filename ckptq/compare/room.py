@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ckptq.compare.sides import Side
 
-ROWS, TOKENS = 4096, 1024
+ROWS, TOKENS = 4096, 512
 """Of the vocabulary, and positions, whose logits are in memory at a time."""
 
 
@@ -40,7 +40,7 @@ def _needs(sides: Sequence[Side], samples: int, length: int) -> cost.Cost:
     """Both have a layer at a time, only one its embeddings and towers. The heads' pieces come when the layers are gone."""
     flows = [cost.flowing(side.component, side.scope, length) for side in sides]
     hidden = int(sides[0].scope.text(sides[0].component.config)["hidden_size"])
-    heads = 2 * len(sides) * ROWS * (hidden + TOKENS)
+    heads = ROWS * (2 * len(sides) * hidden + 8 * TOKENS)  # of both logits in BF16, of the reference their exponentials in F32
     return cost.Cost(
         resident=max(heads, *(side.model.resident_bytes for side in sides)),
         layer=sum(side.model.layer_bytes for side in sides),

@@ -7,22 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckptq import cost
 from ckptq.calibration import load_samples
 from ckptq.console import Console
 from ckptq.convert import resolve_device
 from ckptq.sections import Calibration, of_models
 
 if TYPE_CHECKING:
-    import torch
-
     from ckptq.compare.behavior import Behavior
     from ckptq.scopes import Scope
 
 DRAWS, SEED = 2000, 0
 """Of the bootstrap: with 2000 draws the ends of an interval vary by a few percent of its width."""
-_SHARE = 0.8
-"""Of the free memory, where no limit is given."""
 
 
 def measure(
@@ -68,14 +63,6 @@ def measure(
     return found, figures(found) | (against(found, baseline[0]) if baseline else {})
 
 
-def waiting_memory(where: torch.device, limit: int | None) -> int:
-    """Bytes that samples may hold there between layers: half of the limit, or of what is free and may be taken."""
-    import torch
-
-    free = cost.available_memory() if where.type == "cpu" else torch.cuda.mem_get_info(where)[0]
-    return (limit or int(_SHARE * free)) // 2
-
-
 def figures(found: Behavior) -> dict[str, float]:
     """{metric: value}, as policy.METRICS names them: over judged tokens, whichever sample they are of."""
     import numpy as np
@@ -93,15 +80,20 @@ def figures(found: Behavior) -> dict[str, float]:
         "kl_p99": float(np.quantile(kl, 0.99)),
         "kl_max": float(kl.max()),
         "top1_agreement": float(np.mean(found.same_top)),
-        "perplexity_reference": math.exp(means[0]),
-        "perplexity_candidate": math.exp(means[1]),
-        "perplexity_ratio": math.exp(means[1] - means[0]),
+        "perplexity_reference": _exp(means[0]),
+        "perplexity_candidate": _exp(means[1]),
+        "perplexity_ratio": _exp(means[1] - means[0]),
         "nll_reference": means[0],
         "nll_candidate": means[1],
         "nll_difference": means[1] - means[0],
         **{f"nll_difference_{end}": value for end, value in zip(ends, losses, strict=False)},
         "hidden_relative_l2_last": found.layers[-1].hidden.relative_l2,
     }
+
+
+def _exp(value: float) -> float:
+    """Infinite where math.exp raises: of a mean loss above 709."""
+    return math.exp(value) if value < 709 else value * math.inf
 
 
 def against(found: Behavior, baseline: Behavior) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ckptq.checkpoint import Component, Reader
+from ckptq.compare.attended import Attention, replaced
 from ckptq.compare.casts import through_fp8
 from ckptq.compare.decoded import is_coded
 from ckptq.errors import DataError, UnsupportedError
@@ -154,7 +155,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 def _int8(values: torch.Tensor, scale: float | None) -> torch.Tensor:
     """vLLM 0.32.0 csrc/quantization/w8a8/int8: amax / 127 of a token, or the stored scale; to nearest even."""
     wide = values.float()
-    steps = wide.abs().amax(-1, keepdim=True) / 127 if scale is None else torch.tensor(scale, device=values.device)
+    steps = wide.abs().amax(-1, keepdim=True) / 127 if scale is None else torch.full((), scale, device=values.device)
     steps = torch.where(steps == 0, torch.ones_like(steps), steps)
     return (wide / steps).round().clamp(-128, 127).mul(steps).to(values.dtype)
 
@@ -210,7 +211,7 @@ def _kv(streamed: StreamedModel, stored: Component, reader: Reader, kv: tuple[st
     if missing := sorted(name for name in names if name not in ALL_ATTENTION_FUNCTIONS):
         raise UnsupportedError(f"K and V can't be reached under the attention implementation {missing[0]!r}")
 
-    def through_cache(function: Callable[..., Any]) -> Callable[..., Any]:
+    def through_cache(function: Attention) -> Attention:
         def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if (module, "k") in casts:
                 key, value = casts[module, "k"](key), casts[module, "v"](value)
@@ -218,14 +219,8 @@ def _kv(streamed: StreamedModel, stored: Component, reader: Reader, kv: tuple[st
 
         return attention
 
-    before = {name: ALL_ATTENTION_FUNCTIONS[name] for name in names}
-    for name, function in before.items():
-        ALL_ATTENTION_FUNCTIONS[name] = through_cache(function)
-    try:
+    with replaced(names, through_cache):
         yield
-    finally:
-        for name, function in before.items():  # another model's may lie below
-            ALL_ATTENTION_FUNCTIONS[name] = function
 
 
 def _cache_scale(module: str, kind: str, stored: Component, reader: Reader) -> float:

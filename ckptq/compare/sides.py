@@ -155,22 +155,21 @@ def _plain(words: str) -> str:
     return words.replace("calibration.", "").replace("the calibration set", "the samples")
 
 
-def chosen(hidden: Sequence[torch.Tensor], inputs: Samples, numbers: Sequence[int]) -> torch.Tensor:
-    """Of these samples' states, [1, T, H] each, those that predict the judged tokens, [N, H]."""
-    spans = (inputs.spans[number] for number in numbers)
-    return torch.cat([state[0, span.start - 1 : span.stop - 1] for state, span in zip(hidden, spans, strict=True)])
+def predicting(side: Side, hidden: Sequence[torch.Tensor], inputs: Samples, numbers: Sequence[int]) -> torch.Tensor:
+    """What goes into the output head to predict the judged tokens of these samples, [N, H].
 
-
-def normed(side: Side, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What goes into the output head: the decoder's last norm, of each sample's last hidden state [1, T, H]."""
+    hidden  the samples' last hidden states, [1, T, H] each: the decoder's last norm is still to come
+    """
     decoder = side.model.decoder
     norms = [name for name, _ in decoder.named_children() if "norm" in name]
     if len(norms) != 1:
         raise UnsupportedError(f"{type(decoder).__name__} of transformers: expected one norm after the layers, found {norms}")
+    spans = [inputs.spans[number] for number in numbers]
     side.model.load_resident(within=f"{side.model.decoder_name}.{norms[0]}")
     try:
         norm = decoder.get_submodule(norms[0])
+        found = torch.cat([norm(state[:, at.start - 1 : at.stop - 1])[0] for state, at in zip(hidden, spans, strict=True)])
         cast = head_cast(side.stored, side.expected, side.reader) if side.expected else None
-        return [cast(norm(state)) if cast else norm(state) for state in hidden]
+        return cast(found) if cast else found
     finally:
         side.model.drop_resident()

@@ -61,6 +61,10 @@ class Tally:
             LayerGap(n, self._gap(n, ""), {m: self._gap(n, m).relative_l2 for m in names if (n, m) in self._sums}) for n in numbers
         )
 
+    def relative_l2(self, layer: int, name: str) -> float:
+        """Of one module in a layer."""
+        return self._gap(layer, name).relative_l2
+
     def _gap(self, layer: int, name: str) -> Gap:
         return gap(*self._sums[layer, name].tolist())
 

@@ -142,7 +142,6 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
 
     from ckptq import hub
     from ckptq.calibration import load_samples
-    from ckptq.compare.sampled import waiting_memory
     from ckptq.convert import resolve_device
     from ckptq.recipe import load_recipe
     from ckptq.sections import of_models
@@ -157,7 +156,6 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
     told = load_recipe(asked.recipe) if asked.recipe else None
     samples = load_samples(settings)
     where = torch.device(resolve_device(asked.device))
-    memory = waiting_memory(where, asked.memory)
     with running(
         opened[0].root,
         opened[1].root,
@@ -165,12 +163,13 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
         sequence_length=settings.sequence_length,
         max_pixels=getattr(settings, "max_pixels", None),
         device=where,
-        memory=memory,
+        memory=None,
+        limit=asked.memory,
         console=console,
         scope=told.scope if told else None,
     ) as runner:
         base = recipe.find_base(asked.reference, asked.candidate, opened[1].root, asked.recipe, needed=asked.chooses)
-        counted = count.count(asked, runner, base, opened, samples, memory)
+        counted = count.count(asked, runner, base)
         tell(counted)
         if dry_run:
             return None

@@ -20,10 +20,11 @@ import torch
 
 from ckptq.calibration import Sample
 from ckptq.calibration.encode import Encoder
-from ckptq.compare.head import compare_heads, split
+from ckptq.compare.head import Distances, compare_heads, split
+from ckptq.compare.room import waiting_room
 from ckptq.compare.sampled import interval
-from ckptq.compare.sides import Samples, Side, chosen, normed, open_side, refuse_others
-from ckptq.compare.tally import gap
+from ckptq.compare.sides import Samples, Side, open_side, predicting, refuse_others
+from ckptq.compare.tally import Tally
 from ckptq.console import Console
 from ckptq.lockstep import Wave
 from ckptq.scopes import Scope
@@ -39,15 +40,18 @@ class Branch:
     kv: bool = False
 
 
+REFERENCE = Branch(frozenset())
+
+
 def forwards(branches: Sequence[Branch], layer_of: Mapping[str, int], depth: int) -> float:
     """How much `exact` computes, the reference included, in passes of the samples through all layers of one model."""
     return 1 + sum(len(_distinct(branches, layer_of, layer)) for layer in range(depth)) / depth
 
 
-def _distinct(branches: Sequence[Branch], layer_of: Mapping[str, int], layer: int) -> dict[Branch, None]:
-    """What the branches are, up to this layer, that is not the reference."""
-    found = dict.fromkeys(_up_to(branch, layer_of, layer) for branch in branches)
-    return {branch: None for branch in found if branch.units or branch.kv}
+def _distinct(branches: Iterable[Branch], layer_of: Mapping[str, int], layer: int) -> dict[Branch, Branch]:
+    """{what the branches are up to this layer, that is not the reference: what it is without the layer}."""
+    found = (_up_to(branch, layer_of, layer) for branch in branches)
+    return {branch: _up_to(branch, layer_of, layer - 1) for branch in found if branch != REFERENCE}
 
 
 def _up_to(branch: Branch, layer_of: Mapping[str, int], layer: int) -> Branch:
@@ -80,9 +84,13 @@ class _Call:
 
     def onward(self, output: torch.Tensor) -> torch.Tensor:
         """What goes into the next layer. Between layers models add at most what does not depend on them: Qwen3-VL's deepstack."""
-        return output if self.following is self.output else output + (self.following - self.output)
+        if self.following is self.output:
+            return output
+        return (output.float() + (self.following.float() - self.output.float())).to(output.dtype)
 
 
+_States = dict[tuple[Branch, int], torch.Tensor]
+"""What enters the next layer: of each branch that differs by then, and of each sample of the wave."""
 Visit = Callable[[int, int, _Call], None]
 AfterLayer = Callable[[int, int], None]
 """Is told the layer that all samples of a wave have passed, and how many these are. What it raises ends the run."""
@@ -92,66 +100,62 @@ class Runner:
     """Measures branches of a reference and a candidate on samples. Made by `running`."""
 
     def __init__(self, reference: Side, candidate: Side, inputs: Samples, memory: int, console: Console) -> None:
+        """`memory`: bytes that hidden states may hold between layers."""
         self.units: tuple[Unit, ...] = find_units(reference, candidate)
-        self.scope = reference.scope
         self.layer_of = {unit.name: unit.layer for unit in self.units}
         self.depth = len(reference.model.layers)
         self.has_kv = candidate.expected is not None and candidate.expected.settings.kv_fp8
         self._modules = {unit.name: unit.modules for unit in self.units}
-        self._reference, self._candidate = reference, candidate
-        self._inputs, self._memory, self._console = inputs, memory, console
+        self._here = [frozenset(unit.name for unit in self.units if unit.layer == layer) for layer in range(self.depth)]
+        self.reference, self.candidate, self.memory = reference, candidate, memory
+        self._inputs, self._console = inputs, console
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sample, prompts and images included. Raises CalibrationError for one without a token to judge."""
+        return [self._inputs.encode(number)["input_ids"].shape[1] for number in range(len(self._inputs.samples))]
 
     def local_errors(self, after_layer: AfterLayer = lambda layer, samples: None) -> dict[str, float]:
         """{unit: relative L2 of its layer's output over all samples, where it alone is quantized}."""
-        sums = {unit.name: [0.0, 0.0] for unit in self.units}
+        tally = Tally()
 
         def visit(layer: int, place: int, call: _Call) -> None:
-            norm = _squares(call.output)
-            for name, number in self.layer_of.items():
-                if number == layer:
-                    found = self._forward(Branch(frozenset({name})), layer, call, call.hidden)
-                    sums[name][0] += _squares(found.float() - call.output.float())
-                    sums[name][1] += norm
+            for name in self._here[layer]:
+                tally.add(layer, name, call.output, self._forward(Branch(frozenset({name})), layer, call, call.hidden))
 
         first = 0
         while first < len(self._inputs.samples):
             first += len(self._pass(first, 1, "local errors", visit, after_layer))
-        return {name: gap(error, norm, norm, norm).relative_l2 for name, (error, norm) in sums.items()}
+        return {unit.name: tally.relative_l2(unit.layer, unit.name) for unit in self.units}
 
     def exact(self, branches: Sequence[Branch], after_layer: AfterLayer = lambda layer, samples: None) -> list[Kl]:
         """KL(reference || branch) of each, mean over judged tokens, with its bootstrap interval over samples."""
-        found: list[list[float]] = [[] for _ in branches]
+        found: dict[Branch, list[float]] = {branch: [] for branch in branches}
+        computed = [_distinct(found, self.layer_of, layer) for layer in range(self.depth)]
+        states: _States = {}
+
+        def visit(layer: int, place: int, call: _Call) -> None:
+            before = {earlier: states.pop((earlier, place), call.hidden) for earlier in dict.fromkeys(computed[layer].values())}
+            for branch, earlier in computed[layer].items():
+                states[branch, place] = call.onward(self._forward(branch, layer, call, before[earlier]))
+
         first = 0
         while first < len(self._inputs.samples):
-            states: dict[tuple[Branch, int], torch.Tensor] = {}
-
-            def visit(layer: int, place: int, call: _Call, states: dict[tuple[Branch, int], torch.Tensor] = states) -> None:
-                before = {(b, place): states.pop((b, place)) for b in _distinct(branches, self.layer_of, layer - 1)}
-                for branch in _distinct(branches, self.layer_of, layer):
-                    hidden = before.get((_up_to(branch, self.layer_of, layer - 1), place), call.hidden)
-                    states[branch, place] = call.onward(self._forward(branch, layer, call, hidden))
-
-            last = self._pass(first, 1 + len(branches), "exact KL", visit, after_layer)
-            numbers = range(first, first + len(last))
-            with self._console.stage("heads", len(branches)) as advance:
-                before = self._judged(last, numbers)
-                for kls, branch in zip(found, branches, strict=True):
-                    after = self._judged([states.get((branch, place), state) for place, state in enumerate(last)], numbers)
-                    kls += self._apart(before, after, numbers)
-                    advance(1)
+            last = self._pass(first, 1 + len(found), "exact KL", visit, after_layer)
+            for branch, distances in self._distances([*found], last, range(first, first + len(last)), states).items():
+                found[branch] += [float(part.kl.mean()) for part in distances]
             first += len(last)
         tokens = [len(self._inputs.spans[number]) for number in range(first)]
-        return [_mean(tokens, kls) for kls in found]
+        return [_mean(tokens, found[branch]) for branch in branches]
 
     def _pass(self, first: int, states: int, stage: str, visit: Visit, after_layer: AfterLayer) -> list[torch.Tensor]:
         """Runs samples from `first` on through all layers, as many as fit the memory with so many states each.
 
         `visit` is told of each layer and sample. Returns the samples' last hidden states.
         """
-        one, other = self._reference.model, self._candidate.model
+        one, other = self.reference.model, self.candidate.model
         other.fill_buffers()
         with Wave(one, self._inputs.encode) as wave, _called(one.layers) as seen:
-            wave.enter(range(first, len(self._inputs.samples)), self._memory // states, self._console)
+            wave.enter(range(first, len(self._inputs.samples)), self.memory // states, self._console)
             with self._console.stage(stage, wave.depth, "layers") as advance:
                 for layer, _ in zip(wave.layers(), other.in_turn(), strict=True):
                     for place in range(len(wave)):
@@ -165,21 +169,30 @@ class Runner:
 
     def _forward(self, branch: Branch, layer: int, call: _Call, hidden: torch.Tensor) -> torch.Tensor:
         """The layer as the branch has it, with the sample of that call, on other hidden states."""
-        here = {name for name, number in self.layer_of.items() if number == layer}
-        ours, theirs = (side.model.layers[layer] for side in (self._reference, self._candidate))
+        here = self._here[layer]
+        ours, theirs = (side.model.layers[layer] for side in (self.reference, self.candidate))
         # The candidate's attention, whatever its linears, is the one that has the cache.
         base, other, taken = (theirs, ours, here - branch.units) if branch.kv else (ours, theirs, here & branch.units)
         with _mixed(base, other, [module for name in taken for module in self._modules[name]]):
             return call.again(base, hidden)
 
-    def _judged(self, hidden: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
-        return chosen(normed(self._reference, hidden), self._inputs, numbers)
-
-    def _apart(self, before: torch.Tensor, after: torch.Tensor, numbers: Sequence[int]) -> list[float]:
-        """The mean KL of each sample."""
-        head, tokens = self._reference.head, self._inputs.came(numbers).to(before.device)
-        distances = compare_heads(head, head, (before, after), tokens)
-        return [float(part.kl.mean()) for part in split(distances, [len(self._inputs.spans[number]) for number in numbers])]
+    def _distances(
+        self,
+        branches: Sequence[Branch],
+        last: Sequence[torch.Tensor],
+        numbers: range,
+        states: dict[tuple[Branch, int], torch.Tensor],
+    ) -> dict[Branch, list[Distances]]:
+        """Of each branch, sample by sample. `last`: the reference's hidden states; `states` holds the others', and is emptied."""
+        hidden = []
+        for branch in (REFERENCE, *branches):
+            own = [states.pop((branch, place), state) for place, state in enumerate(last)]
+            hidden.append(predicting(self.reference, own, self._inputs, numbers))
+        head, tokens = self.reference.head, self._inputs.came(numbers).to(hidden[0].device)
+        with self._console.stage("heads", head.size, "rows") as advance:
+            found = compare_heads([head] * len(hidden), hidden, tokens, advance)
+        sizes = [len(self._inputs.spans[number]) for number in numbers]
+        return {branch: split(distances, sizes) for branch, distances in zip(branches, found, strict=True)}
 
 
 @contextmanager
@@ -191,20 +204,23 @@ def running(
     sequence_length: int,
     max_pixels: int | None,
     device: torch.device,
-    memory: int,
+    memory: int | None,
     console: Console,
     scope: Scope | None = None,
+    limit: int | None = None,
 ) -> Iterator[Runner]:
-    """`memory`: bytes that hidden states may hold between layers; what does not fit goes in waves. `scope`: see measure_behavior.
+    """A runner, while in this context. Parameters: see measure_behavior.
 
-    Raises RecipeError for two of different models and for a candidate that quantizes no layer, UnsupportedError for what can't be
-    computed, CalibrationError for samples without judged tokens.
+    Raises RecipeError for two of different models, for a candidate that quantizes no layer and for a limit that is too small,
+    UnsupportedError for what can't be computed, CalibrationError for samples without judged tokens.
     """
     inputs = Samples(Encoder(reference, max_pixels, sequence_length), samples)
     with ExitStack() as stack, torch.inference_mode():
         pairs = ((reference, candidate), (candidate, reference))
         sides = [stack.enter_context(open_side(folder, device, beside, scope)) for folder, beside in pairs]
         refuse_others(sides[0], sides[1])
+        if memory is None:
+            memory = waiting_room(sides, len(samples), sequence_length, limit, device)
         yield Runner(sides[0], sides[1], inputs, memory, console)
 
 
@@ -240,10 +256,6 @@ def _mixed(base: torch.nn.Module, other: torch.nn.Module, paths: Iterable[str]) 
             undo.callback(modules.__setitem__, leaf, modules[leaf])
             modules[leaf] = other.get_submodule(path)
         yield
-
-
-def _squares(values: torch.Tensor) -> float:
-    return float(values.float().square().sum(dtype=torch.float64))
 
 
 def _mean(tokens: Sequence[int], means: Sequence[float]) -> Kl:

@@ -36,12 +36,17 @@ class Work:
         return 1 + self.units / self.layers
 
     def branch(self, first: float = 0) -> float:
-        """Of one branch that leaves the reference at layer `first`. The reference's logits are made anew for each."""
-        return (self.layers - first) / self.layers + 2 * self.head
+        """Of one branch that leaves the reference at layer `first`."""
+        return (self.layers - first) / self.layers + self.head
+
+    @property
+    def reference(self) -> float:
+        """Of the reference, in any pass that has branches."""
+        return 1 + self.head
 
     def branches(self, firsts: Sequence[float]) -> float:
         """Of one pass: the reference, and the branches beside it."""
-        return 1 + sum(map(self.branch, firsts)) if firsts else 0.0
+        return self.reference + sum(map(self.branch, firsts)) if firsts else 0.0
 
     def reads(self, branches: int) -> int:
         """Bytes that a pass reads: both checkpoints for each wave of samples that wait together, in all branches."""

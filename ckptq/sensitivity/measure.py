@@ -149,7 +149,7 @@ class _Run:
         """Forwards of the sets of the curve that may be left out; the first of them may bring the pass with it."""
         must, more = _curve(self.asked, self.work.units)
         costs = [self.work.branch()] * len(more)
-        return [costs[0] + 1 + self.clock.entering / self.clock.rate, *costs[1:]] if costs and not must else costs
+        return [costs[0] + self.work.reference + self.clock.entering / self.clock.rate, *costs[1:]] if costs and not must else costs
 
     def curve(self, order: Sequence[str]) -> None:
         """Measures the sets of the curve that there is time for."""
@@ -187,7 +187,7 @@ class _Run:
 
     def width(self) -> int:
         """How many sets one more pass has time for."""
-        room = self.clock.room() - 1
+        room = self.clock.room() - self.work.reference
         return WIDTH if room >= WIDTH * self.work.branch() else max(int(room / self.work.branch()), 0)
 
     def sets(self, name: str, sets: Sequence[Sequence[str]]) -> None:
@@ -204,7 +204,7 @@ class _Run:
         if not new:
             return
         layers = {unit.name: unit.layer for unit in self.counted.units.values()}
-        cost = forwards(new, layers, self.work.layers) + 2 * len(new) * self.work.head
+        cost = forwards(new, layers, self.work.layers) + (1 + len(new)) * self.work.head
         found = self.timed(name, cost, len(new), lambda: self.runner.exact(new))
         self.known |= dict(zip(new, found, strict=True))
 
