@@ -38,6 +38,7 @@ STAGING = ".ckptq-partial"
 """The folder inside an output in which everything is written before it is published; its presence means: not finished."""
 
 _ONLY = "ckptq reads safetensors checkpoints only"
+_FOLDER = "name the folder that holds config.json beside the weights"
 TENSOR_LIMIT = 1_000_000
 WEIGHT_FILE_LIMIT = 4096
 
@@ -260,7 +261,7 @@ def read_config(base: Path) -> tuple[str, dict[str, Any]]:
         text, config = read_text_and_json(base / "config.json")
     except FileNotFoundError:
         refuse_foreign(base)
-        raise SourceError(f"{base}: has no config.json, so it is no Hugging Face checkpoint") from None
+        raise SourceError(f"{base}: has no config.json, so it is no Hugging Face checkpoint", hint=_FOLDER) from None
     if not isinstance(config, dict):
         raise SourceError(f"{base / 'config.json'}: expected a JSON object, found {type(config).__name__}")
     return text, config

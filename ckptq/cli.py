@@ -257,55 +257,57 @@ def top(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Ends the process with 0 done, 1 the data is at fault, 2 usage or I/O, 70 a fault of ckptq, 130 interrupted."""
-    from ckptq.errors import CkptqError
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Waiting OpenMP threads spin by default and slow each other down where cores are few; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which would spin too; nothing here multiplies matrices with it
     atexit.register(gc.freeze)  # nothing left is garbage: looking through it all once more took a quarter of a second
     gc.set_threshold(50_000, 20, 100)  # imports make a million objects and no garbage: looking for some took a tenth of their time
+    stopped: list[bool] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _interrupt(arguments))
+        signal.signal(number, lambda *_: _interrupt(arguments, stopped))
     try:
         code = app(arguments, prog_name="ckptq", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except CkptqError as error:
-        _say(f"error: {error}", error.hint)
-        code = error.exit_code
-    except OSError as error:
-        _say(f"error: {error.filename or 'input/output'}: {error.strerror or error}", None)
-        code = 2
     except typer.Exit as stop:
         code = stop.exit_code
-    except Exception as error:
-        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
-            traceback.print_exc()
-            _say("this is a fault of ckptq: please report it with the lines above", None)
-            sys.exit(70)
-        where = getattr(getattr(error, "ctx", None), "command_path", "ckptq")
-        _say(f"error: {error.format_message().replace('Value error, ', '')}", f"`{where} --help` shows what there is")
-        code = 2
+    except Exception as error:  # a library that is interrupted while it is imported raises what it likes
+        code = 130 if stopped else _failed(error)
     if code == 130:  # typer turns Ctrl-C into an exit code of its own
         _say("interrupted", _resume_hint(arguments))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _interrupt(arguments: list[str]) -> NoReturn:
+def _failed(error: Exception) -> int:
+    """Says what is wrong; the exit code."""
+    from ckptq.errors import CkptqError
+
+    if isinstance(error, OSError):
+        error = CkptqError(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    if isinstance(error, CkptqError):
+        _say(f"error: {error}", error.hint)
+        return error.exit_code
+    if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+        traceback.print_exception(error)
+        _say("this is a fault of ckptq: please report it with the lines above", None)
+        return 70
+    where = getattr(getattr(error, "ctx", None), "command_path", "ckptq")
+    _say(f"error: {error.format_message().replace('Value error, ', '')}", f"`{where} --help` shows what there is")
+    return 2
+
+
+def _interrupt(arguments: list[str], stopped: list[bool]) -> NoReturn:
     """The first signal unwinds, which waits for files that are being fetched. A second ends the process at once.
 
     Nothing is lost by that: what `--resume` needs is complete on the disk at any moment.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _stop_now(arguments))
+    if stopped:
+        _say("interrupted", _resume_hint(arguments))
+        os._exit(130)
+    stopped.append(True)
     _say("stopping; once more stops at once", None)
     raise KeyboardInterrupt
-
-
-def _stop_now(arguments: list[str]) -> NoReturn:
-    _say("interrupted", _resume_hint(arguments))
-    os._exit(130)
 
 
 def _resume_hint(arguments: list[str]) -> str | None:

@@ -192,7 +192,7 @@ def show_report(console: Console, report: Report, quality: Comparison | None) ->
         *(("note", note) for note in report.notes),
     ]
     console.table("Done", ("", ""), rows)
-    if report.serve:
+    if report.serve and not (quality and quality.exit_code):
         console.show(f"serve it: {report.serve}")  # a line of its own: a table would fold a long path
     if report.findings:
         console.show("")

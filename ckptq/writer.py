@@ -167,6 +167,34 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
 
 
+def write_report(path: Path, text: str) -> None:
+    """A file that the user named: the whole of it or none, links followed. What is no regular file, such as /dev/stdout, gets it as
+    it comes. Raises OutputError, and leaves nothing behind.
+    """
+    if path.exists() and not path.is_file():
+        with _reporting(path):
+            path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
+    partial = path.with_name(path.name + PARTIAL)
+    with _reporting(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        way = "free some space, or name a file elsewhere" if error.errno in _FULL else "name a file that you may write to"
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}", hint=way) from error
+
+
 def copy_file(source: Path, target: Path) -> None:
     """The source's bytes under the umask's mode, copied by the kernel where it can; links are followed."""
     partial = target.with_name(target.name + PARTIAL)

@@ -351,3 +351,30 @@ def test_size(nbytes: float, text: str) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+INTERRUPTED = """\
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+from ckptq.cli import main
+
+class Broken(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "transformers":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError("a library half imported") from None
+
+sys.meta_path.insert(0, Broken())
+main(sys.argv[1:])
+"""
+
+
+def test_interrupted_in_an_import_that_makes_an_error_of_it() -> None:
+    model = str(REPOSITORY / "examples/tiny-qwen2.5-vl")
+    arguments = [sys.executable, "-c", INTERRUPTED, "compare", model, model, "--samples", "1"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.endswith("stopping; once more stops at once\ninterrupted\n")
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ckptq import cost
 from ckptq.compare import casts
+from ckptq.compare.again import round_again
 from ckptq.compare.attended import Attention, attended, replaced
 from ckptq.compare.casts import through_fp8
 from ckptq.compare.room import waiting_room
@@ -118,3 +120,13 @@ def test_a_limit_leaves_room_for_samples_or_says_what_it_takes(tmp_path: Path) -
         sample, _ = cost.flowing(one.component, one.scope, 512)
         assert 2 * sample <= room < 2 * sample + 10**6
         assert room + 10**9 - more == one.model.layer_bytes + other.model.layer_bytes
+
+
+def test_a_shard_under_a_scale_of_zero_is_zero() -> None:
+    """vLLM 0.32.0 quantization/utils/w8a8_utils.py requantize_with_max_scale multiplies by it, and never divides."""
+    assert torch.equal(round_again(torch.zeros(4), (0.0, 0.5)), torch.zeros(4))
+
+
+def test_of_nan_no_angle_is_known() -> None:
+    assert math.isnan(gap(math.nan, 1.0, math.nan, math.nan).cosine)
+    assert (gap(0.0, 1.0, 1.0, 1.0 + 1e-12).cosine, gap(4.0, 1.0, 1.0, -1.0 - 1e-12).cosine) == (1.0, -1.0)

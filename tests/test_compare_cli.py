@@ -28,6 +28,7 @@ from ckptq.compare.tally import Gap, LayerGap
 from ckptq.errors import RecipeError
 from ckptq.recipe import parse_recipe
 from ckptq.reports.json import plain
+from ckptq.writer import write_report
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "compare.schema.json").read_text(encoding="utf-8"))
 Run = Callable[..., "Result"]
@@ -154,6 +155,55 @@ def test_what_can_not_be_compared_breaks_every_limit(example_model: Path, spoile
     assert {"name": "model.layers.0.input_layernorm.weight", "found": "in the reference alone"} in said["unmatched"]
 
 
+def test_a_model_that_gives_nan_fails_without_a_limit(example_model: Path, coded: Path, compare: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(coded, tmp_path / "fp8")
+    stored = load_file(folder / "model.safetensors")
+    stored["model.layers.2.input_layernorm.weight"][0] = math.nan
+    save_file(stored, folder / "model.safetensors")
+    few = ("--samples", "2", "--sequence-length", "16")
+    done = compare(
+        example_model, folder, *few, "--report", f"html={tmp_path / 'r.html'}", "--report", f"json={tmp_path / 'r.json'}"
+    )
+    assert done.code == 1
+    told = f"the candidate, {folder}, gives NaN or infinities on these samples, from layer 2 on"
+    assert f"{told}: `ckptq validate` and the weights above say why" in done.out
+    assert done.out.rstrip().endswith(": FAILED: no figures of what it does")
+    said = conforms((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert (said["ok"], said["exit_code"], said["figures"]["nll_candidate"]) == (False, 1, "nan")
+    assert [layer["hidden"]["cosine"] for layer in said["behavior"]["layers"]][2:] == ["nan"] * 4
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Failed: the candidate, " in page
+    assert "they differ" not in page
+    assert "no verdict" not in page
+    swapped = compare(folder, example_model, *few)
+    assert (swapped.code, "the reference, " in swapped.out) == (1, True)
+
+
+def test_what_is_likely_a_slip_is_told(example_model: Path, coded: Path, compare: Run) -> None:
+    assert "is quantized, and " not in compare(example_model, coded, "--weights-only").err
+    assert "the candidate, is not: are they swapped?" in compare(coded, example_model, "--weights-only").err
+    assert "warning: reference and candidate are one folder" in compare(coded, coded, "--weights-only").err
+
+
+def test_a_report_is_whole_or_not_there(example_model: Path, coded: Path, compare: Run, tmp_path: Path) -> None:
+    """Where it can't be written the tables were printed all the same. /proc takes no files of anybody's."""
+    done = compare(example_model, coded, "--weights-only", "--report", "json=/proc/r.json")
+    assert done.code == 2
+    assert "Worst tensors" in done.out
+    assert "error: /proc/r.json: can't be written: " in done.err
+    assert "  name a file that you may write to" in done.err
+    full = compare(example_model, coded, "--weights-only", "--report", "json=/dev/full")
+    assert (full.code, "error: /dev/full: can't be written: No space left on device" in full.err) == (2, True)
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("old.json")
+    with pytest.raises(UnicodeEncodeError):  # what breaks in the middle
+        write_report(tmp_path / "link.json", "x" * 100_000 + "\ud800")
+    assert {path.name for path in tmp_path.iterdir()} == {"old.json", "link.json"}
+    assert (tmp_path / "old.json").read_text() == "old"
+    write_report(tmp_path / "link.json", "new")
+    assert ((tmp_path / "old.json").read_text(), (tmp_path / "link.json").is_symlink()) == ("new", True)
+
+
 def test_samples(example_model: Path, coded: Path, compare: Run, tmp_path: Path) -> None:
     """A text of the user's; all figures of the policy's are measured."""
     (tmp_path / "a.txt").write_text("\n\n".join(f"The {n}th line of a text that has a few words." for n in range(5)))
@@ -188,6 +238,15 @@ def test_figures_by_hand() -> None:
     )  # fmt: skip
     one = figures(behavior(([0.0, 1.0], [1.0, 3.0], [2.0, 2.0])))
     assert not [name for name in one if name.endswith(("_low", "_high"))], "one sample has no interval"
+
+
+def test_a_candidate_that_is_lost_has_figures_all_the_same() -> None:
+    """exp of a mean loss above 709 is no float; NaN stays NaN."""
+    found = figures(behavior(([9.0], [1.0], [800.0]), ([9.0], [2.0], [900.0])))
+    assert (found["nll_candidate"], found["perplexity_candidate"], found["perplexity_ratio"]) == (850, math.inf, math.inf)
+    assert found["perplexity_reference"] == pytest.approx(math.exp(1.5))
+    nan = figures(behavior(([math.nan], [1.0], [math.nan]), ([9.0], [2.0], [3.0])))
+    assert all(math.isnan(nan[name]) for name in ("kl_mean", "kl_max", "kl_mean_low", "perplexity_candidate", "perplexity_ratio"))
 
 
 def test_an_interval_is_as_wide_as_theory_says() -> None:
@@ -240,7 +299,8 @@ def test_what_can_not_be_read(example_model: Path, outputs: tuple[Path, Path], c
     for pair, said in (
         ((example_model, tmp_path), "has no config.json"),
         ((example_model, tmp_path / "absent"), "no such folder"),
-        ((outputs[0], example_model), "has no config.json"),
+        ((outputs[0], example_model), "a: a folder of images, and "),
+        ((example_model, outputs[0]), "compare two checkpoints, or two folders of images or frames"),
     ):
         done = compare(*pair)
         assert (done.code, done.out) == (2, "")

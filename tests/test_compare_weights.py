@@ -228,7 +228,7 @@ def test_tensors_of_any_form(tmp_path: Path) -> None:
     assert list(found)[:3] == ["a.weight", "b.weight", "c.weight"]
     assert {n: e.note for n, e in found.items() if e.note} == {
         "a.weight": "candidate: F8_E4M3 codes without scales that fit them",
-        "b.weight": "candidate: FP8 codes with scales that are not finite, or no factor",
+        "b.weight": "candidate: FP8 codes with scales that are not finite, or a global scale that is not above 0",
         "c.weight": "shape [4, 6], of the candidate [6, 4], which is transposed",
     }
     assert [found[n].relative_l2 for n in ("empty", "flags", "same.weight", "d.weight")] == [0, 0, 0, 0.5]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from corpus.edit import Tensors, edit_json, tensors
 from jsonschema import Draft202012Validator
 
 from ckptq.calibration import load_samples
@@ -315,6 +316,25 @@ def test_another_tools_export_needs_a_recipe_for_a_recipe(fp8: Path, run: Run, t
     assert command(base, "r.yaml") == "ckptq convert --recipe r.yaml"
 
 
+def test_what_is_quantized_outside_of_layers_is_told(fp8: Path, run: Run, tmp_path: Path) -> None:
+    """A tower by mistake: its error is in none of the figures."""
+    shutil.copytree(fp8, other := tmp_path / "other")
+
+    def coded(stored: Tensors) -> None:
+        for name in [name for name, tensor in stored.items() if name.startswith("visual.") and tensor.dim() == 2]:
+            stored[name] = stored[name].to(torch.float8_e4m3fn)
+            for scale in ("weight_scale", "input_scale"):
+                stored[f"{name.removesuffix('weight')}{scale}"] = torch.tensor(1.0)
+
+    tensors(coded)(other)
+    edit_json(other / "config.json", lambda data: data["quantization_config"]["ignore"].remove("visual*"))
+    edit_json(other / "hf_quant_config.json", lambda data: data["quantization"]["exclude_modules"].remove("visual*"))
+    said = run("sensitivity", SOURCE, other, *FEW, "--format", "json").data
+    assert len(said["units"]) == 24
+    assert said["notes"][0].startswith("visual.blocks.0.")
+    assert said["notes"][0].endswith("outside of the decoder layers, 22 linears, is not measured")
+
+
 BAD = [
     (("--recipe", "dmo"), "dmo: no such file, and no shipped recipe of that name; did you mean demo?"),
     (("--recipe", "qwen-image-fp8"), "components: "),
@@ -349,6 +369,8 @@ def test_what_can_not_be_ranked(fp8: Path, run: Run, tmp_path: Path) -> None:
     config["text_config"]["num_hidden_layers"] -= 1
     config["text_config"]["layer_types"].pop()
     (short / "config.json").write_text(json.dumps(config))
+    shutil.copytree(fp8, smoothed := tmp_path / "smoothed")
+    tensors(lambda stored: stored.update({_FIRST: stored[_FIRST] * 2}))(smoothed)
     (tmp_path / "narrow.yaml").write_text("quantize: [{modules: model.layers.1, scheme: fp8}]\nkeep: [model.visual, lm_head]\n")
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
@@ -358,7 +380,33 @@ def test_what_can_not_be_ranked(fp8: Path, run: Run, tmp_path: Path) -> None:
         ((SOURCE, fp8), ("--recipe", tmp_path / "narrow.yaml"), "the recipe keeps model.layers.0.self_attn.qkv_proj, which "),
         ((SOURCE, tmp_path / "pipeline"), (), "a pipeline: what is ranked here are the layers of language models"),
         ((SOURCE, tmp_path / "absent"), (), "no such folder"),
+        ((SOURCE, smoothed), (), f"{_FIRST}: the candidate's is another: what it quantizes was changed with it"),
+        ((SOURCE, tmp_path), (), "has no config.json"),
     ):
         told = run("sensitivity", *pair, *FEW, *options)
         assert (told.code, told.out) == (2, ""), told.out
         assert said in told.err
+
+
+def test_a_recipe_that_can_not_be_written_is_printed(fp8: Path, run: Run) -> None:
+    """Rather than lost with all that was measured. /proc takes no files of anybody's."""
+    told = run("sensitivity", SOURCE, fp8, *FEW, "--keep", "1", "--output", "/proc/kept.yaml")
+    assert told.code == 2
+    assert "error: /proc/kept.yaml: can't be written: " in told.err
+    assert "keeping 1 unit that costs the most: " in told.out
+    assert "\noutput: " in told.out
+    assert "save it as fp8-keep1.yaml (--output does), then: ckptq convert --recipe fp8-keep1.yaml --amax " in told.out
+
+
+_FIRST = "model.layers.0.input_layernorm.weight"
+
+
+def test_nan_ranks_nothing(fp8: Path, run: Run, tmp_path: Path) -> None:
+    for name, folder in (("source", SOURCE), ("nan", fp8)):
+        shutil.copytree(folder, tmp_path / name)
+        tensors(lambda stored: stored.update({_FIRST: stored[_FIRST] * torch.nan}))(tmp_path / name)
+    told = run("sensitivity", tmp_path / "source", tmp_path / "nan", *FEW, "--keep", "1", "--output", tmp_path / "r.yaml")
+    assert told.code == 1
+    assert "a KL of nan to " in told.err
+    assert "so there is nothing to rank" in told.err
+    assert not (tmp_path / "r.yaml").exists()

@@ -29,7 +29,9 @@ def load(settings: CocoCalibration) -> list[Sample]:
     """
     folder = Path(settings.images).expanduser()
     if not folder.is_dir():
-        raise CalibrationError(f"{settings.images}: no such folder", hint="set calibration.images to the folder of the images")
+        raise CalibrationError(
+            f"{settings.images}: no such folder", hint="name the folder of the images (calibration.images, or --coco)"
+        )
     images = read_captions(Path(settings.annotations).expanduser())
     draw = random.Random(settings.seed)  # noqa: S311, a seeded choice is the point
     draw.shuffle(images)
@@ -40,7 +42,7 @@ def load(settings: CocoCalibration) -> list[Sample]:
         if not path.is_file():
             raise CalibrationError(
                 f"{file_name}: no such file in {folder}; {settings.annotations} names it as image_id {image_id}",
-                hint="point calibration.images at the folder that goes with these annotations, or fetch the missing image",
+                hint="name the folder that goes with these annotations (calibration.images, or --coco), or fetch the image",
             )
         read_image(path)
         samples.append(Sample(f"{file_name} (image_id {image_id})", caption, settings.prompt, path))

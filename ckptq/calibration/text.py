@@ -57,7 +57,7 @@ def _entry(entry: str, settings: TextCalibration) -> Iterator[Sample]:
     if path.is_file():
         yield from _file(path, settings)
     elif path.is_dir():
-        raise CalibrationError(f"{entry}: a folder, expected a file", hint="name its files in calibration.files")
+        raise CalibrationError(f"{entry}: a folder, expected a file", hint="name its files")
     elif path.suffix.lower() in _READERS or not (match := _HUB_ID.fullmatch(entry)):
         raise CalibrationError(f"{entry}: no such file", hint="give a file, or a Hub dataset as org/name[@revision]")
     else:
@@ -75,9 +75,9 @@ def _file(path: Path, settings: TextCalibration) -> Iterator[Sample]:
                 empty = False
                 yield sample
     except (OSError, ValueError, NotImplementedError) as error:  # UnicodeDecodeError and pyarrow's among them
-        raise CalibrationError(f"{path}: can't be read: {error}") from error
+        raise CalibrationError(f"{path}: can't be read: {error}", hint="give texts in UTF-8, or leave it out") from error
     if empty:
-        raise CalibrationError(f"{path}: holds no text", hint="take it out of calibration.files")
+        raise CalibrationError(f"{path}: holds no text", hint="leave it out")
 
 
 def _txt(path: Path, settings: TextCalibration) -> Iterator[Sample]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +80,19 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """1 where a limit is broken."""
-        return int(any(judged.broken for judged in self.limits))
+        """1 where a limit is broken, and where what was run gave no numbers."""
+        return int(bool(self.undefined) or any(judged.broken for judged in self.limits))
+
+    @property
+    def undefined(self) -> str:
+        """That a model gives NaN or infinities on the samples, and from where on; "" where both give numbers."""
+        losses = {side: self.figures.get(f"nll_{side}", 0.0) for side in ("reference", "candidate")}
+        side = next((side for side, loss in losses.items() if not math.isfinite(loss)), "")
+        if self.behavior is None or not side:
+            return ""
+        odd = (gap.layer for gap in self.behavior.layers if not math.isfinite(gap.hidden.relative_l2))
+        first = f", from layer {layer} on" if (layer := next(odd, None)) is not None else ""
+        return f"the {side}, {getattr(self, side)}, gives NaN or infinities on these samples{first}"
 
 
 def compare(asked: Asked, console: Console) -> Comparison:
@@ -90,10 +101,17 @@ def compare(asked: Asked, console: Console) -> Comparison:
     Raises SourceError for what can't be read or compared, RecipeError for a limit on what is not measured.
     """
     from ckptq.compare.images import holds_outputs
+    from ckptq.errors import SourceError
 
     folders = [Path(name).expanduser() for name in (asked.reference, asked.candidate)]
-    if all(map(holds_outputs, folders)):
+    outputs = [holds_outputs(folder) for folder in folders]
+    if all(outputs):
         return _outputs(asked, folders[0], folders[1], console)
+    if any(outputs) and all(folder.is_dir() for folder in folders):
+        one, other = folders if outputs[0] else folders[::-1]
+        raise SourceError(
+            f"{one}: a folder of images, and {other} is none", hint="compare two checkpoints, or two folders of images or frames"
+        )
     return _checkpoints(asked, console)
 
 
@@ -129,6 +147,7 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
     from ckptq.compare import policy, sampled, weights
     from ckptq.compare.matched import match
     from ckptq.errors import RecipeError
+    from ckptq.quantized import describe
     from ckptq.validate import is_diffusion
 
     if asked.generations is not None:
@@ -141,6 +160,12 @@ def _checkpoints(asked: Asked, console: Console) -> Comparison:
     names = (asked.reference, asked.candidate, *([asked.baseline] if asked.baseline else []))
     opened = [hub.fetch(name, weights=True) for name in names]
     inventories = [read_inventory(source.root, source.header, strict=False) for source in opened[:2]]
+    if opened[0].root.resolve() == opened[1].root.resolve():
+        console.warn("reference and candidate are one folder")
+    elif describe(inventories[0].components[0]) and not describe(inventories[1].components[0]):
+        console.warn(
+            f"{asked.reference}, the reference, is quantized, and {asked.candidate}, the candidate, is not: are they swapped?"
+        )
     if is_diffusion(opened[0].root):
         skipped["behavior"] = "what a pipeline does is seen by its outputs: compare two folders of them"
         policy.refuse_unmeasured(asked.limits, skipped)
@@ -193,4 +218,6 @@ def settings_of(samples: Calibration) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what figures depend on."""
+    import importlib.metadata
+
     return {"ckptq": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}

@@ -33,6 +33,6 @@ def rounded_again(stored: Component, at: Expected, reader: Reader) -> dict[str, 
 def round_again(values: torch.Tensor, scales: Scales) -> torch.Tensor:
     """Decoded values as the server has them: multiplied in float16, by a product with the largest scale's reciprocal to codes."""
     own, largest = scales
-    halves = (values / own).to(torch.float16) * torch.tensor(own, dtype=torch.float32)
+    halves = (values / (own or 1.0)).to(torch.float16) * torch.tensor(own, dtype=torch.float32)
     codes = (halves.float() * (1 / torch.tensor(largest, dtype=torch.float32))).clamp(-448, 448).to(torch.float8_e4m3fn)
     return numbers(codes).mul_(largest)

@@ -78,6 +78,7 @@ def compare(
     from ckptq.console import Console
     from ckptq.recipe import load_recipe
     from ckptq.sections import size_option
+    from ckptq.writer import write_report
 
     kept = _destinations(report or ())
     told = load_recipe(recipe) if recipe else None
@@ -98,7 +99,7 @@ def compare(
     found = run(asked, console)
     console.result(render.data(found), lambda: render.show(console, found))
     for path, kind in kept.items():
-        path.write_text(_written(kind, found), encoding="utf-8")
+        write_report(path, _written(kind, found))
     raise typer.Exit(found.exit_code)
 
 
@@ -155,7 +156,10 @@ def _destinations(options: list[str] | tuple[()]) -> dict[Path, Report]:
         kind, _, name = option.partition("=")
         path = Path(name)
         if kind not in get_args(Report) or not name:
-            raise OutputError(f"--report {option}: expected FORMAT=FILE with html or json for the format")
+            raise OutputError(
+                f"--report {option}: expected FORMAT=FILE with html or json for the format",
+                hint="for example --report html=compare.html",
+            )
         if path.is_dir() or not path.parent.is_dir():
             what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
             raise OutputError(f"--report {option}: can't be written: {what}", hint="make the folder first, and name a file in it")

@@ -44,7 +44,9 @@ class Decoded(Reader):
                 ):
                     held = hold(codes, stored, self._stored)
                     if isinstance(held, str):
-                        raise DataError(f"{printable(codes.spec.name)}: {held}")
+                        raise DataError(
+                            f"{printable(codes.spec.name)}: {held}", hint="`ckptq validate` says what its server makes of it"
+                        )
                     self._held[name] = held
         except BaseException:
             self.close()

@@ -76,7 +76,7 @@ def hold(tensor: SourceTensor, component: Component, reader: Reader) -> Held | s
     if coding is not None:
         coded = load(coding, reader)
         if coded is None:
-            return f"{coding.number.name} codes with scales that are not finite, or no factor"
+            return f"{coding.number.name} codes with scales that are not finite, or a global scale that is not above 0"
         return Held(reader, tensor, coding.number.shape(spec.shape), _words(coding), coded)
     if number_of(tensor) is not None:
         return f"{spec.dtype} codes without scales that fit them"

@@ -31,6 +31,7 @@ IMAGES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 ARRAYS = frozenset((".npy", ".npz"))
 _CHECKPOINT = ("config.json", "model_index.json")
 _PIECE = 1 << 16
+_ALIKE = "make both outputs with one height, width and number of frames"
 _NAMES = ("cosine_similarity", "mae", "mse", "rmse", "max_abs", "l2", "relative_l2")
 
 THRESHOLDS: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType(
@@ -250,7 +251,7 @@ def _decoded(path: Path) -> Iterator[Array]:
                 for frame in ImageSequence.Iterator(opened):
                     yield np.asarray(frame.convert("RGB"))
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        raise SourceError(f"{printable(str(path))}: can't be decoded as an image: {error}") from error
+        raise SourceError(f"{printable(str(path))}: can't be decoded as an image: {error}", hint="write it again") from error
 
 
 def _arrays(path: Path) -> Iterator[Array]:
@@ -281,9 +282,13 @@ def _frame(a: Array | None, b: Array | None, where: str) -> tuple[Sums, bool]:
     import numpy as np
 
     if a is None or b is None:
-        raise SourceError(f"{where}: the {'reference' if a is None else 'candidate'} has no such frame; the counts differ")
+        raise SourceError(
+            f"{where}: the {'reference' if a is None else 'candidate'} has no such frame; the counts differ", hint=_ALIKE
+        )
     if a.shape != b.shape or a.dtype != b.dtype:
-        raise SourceError(f"{where}: {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}: expected one size and dtype")
+        raise SourceError(
+            f"{where}: {a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}: expected one size and dtype", hint=_ALIKE
+        )
     if not a.size:
         raise SourceError(f"{where}: there is nothing in it")
     flat = [np.ascontiguousarray(side).reshape(-1) for side in (a, b)]

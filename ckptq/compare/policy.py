@@ -132,7 +132,7 @@ def refuse_unmeasured(limits: Iterable[Limit], missing: Mapping[Part, str]) -> N
     """Raises RecipeError for a limit on what will not be measured: {part: why}."""
     for limit in limits:
         if limit.part in missing:
-            raise RecipeError(f"--fail-on {limit}: {limit.metric} is not measured: {missing[limit.part]}")
+            raise RecipeError(f"limit {limit}: {limit.metric} is not measured: {missing[limit.part]}")
 
 
 def judge(limits: Iterable[Limit], figures: Mapping[str, float]) -> tuple[Judged, ...]:
@@ -141,7 +141,7 @@ def judge(limits: Iterable[Limit], figures: Mapping[str, float]) -> tuple[Judged
     for limit in limits:
         if limit.metric not in figures:
             raise RecipeError(
-                f"--fail-on {limit}: {limit.metric} was not measured", hint=f"measured: {', '.join(figures) or 'nothing'}"
+                f"limit {limit}: {limit.metric} was not measured", hint=f"measured: {', '.join(figures) or 'nothing'}"
             )
         found.append(Judged(limit, figures[limit.metric]))
     return tuple(found)

@@ -90,8 +90,11 @@ def show(console: Console, found: Comparison) -> None:
         console.show(("BROKEN: " if judged.broken else "kept: ") + str(judged))
     count = sum(judged.broken for judged in found.limits)
     said = f"FAILED: {count} of {len(found.limits)} limits broken" if count else "OK"
+    if found.undefined:
+        console.show(f"{safe_text(found.undefined)}: `ckptq validate` and the weights above say why")
     example = "psnr_db_min<25" if found.images else "kl_mean>0.02" if found.behavior else "weight_relative_l2_max>0.05"
     said = said if found.limits else f"measured; no limit was given: --fail-on '{example}' sets one"
+    said = "FAILED: no figures of what it does" if found.undefined and not count else said
     console.show(f"{safe_text(found.candidate)} against {safe_text(found.reference)}: {said}")
 
 
@@ -148,7 +151,7 @@ def _show_behavior(console: Console, behavior: Behavior) -> None:
         rows.append((gap.layer, *map(number, (gap.hidden.relative_l2, gap.hidden.cosine, gap.hidden.sqnr_db, worst[1])), worst[0]))
     columns = ("layer", "relative L2", "cosine", "SQNR dB", "its worst", "module")
     console.table("Hidden states", columns, rows, right=(0, 1, 2, 3, 4))
-    samples = sorted(behavior.samples, key=lambda sample: -sample.kl_mean)[:_WORST]
+    samples = sorted(behavior.samples, key=lambda s: (not math.isnan(s.kl_mean), -s.kl_mean))[:_WORST]
     told = [(safe_text(s.name), s.tokens, *map(number, _losses(s)), safe_text(s.worst)) for s in samples]
     columns = ("sample", "tokens", "KL", "NLL reference", "candidate", "up to the token that is furthest off")
     console.table(f"Worst samples ({len(told)} of {len(behavior.samples)})", columns, told, right=(1, 2, 3, 4))

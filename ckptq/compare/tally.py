@@ -82,10 +82,10 @@ def squares(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
 
 
 def gap(error: float, reference: float, candidate: float, product: float) -> Gap:
-    """Of sums of squares. Both all zero: no error; the reference alone: infinite."""
+    """Of sums of squares. Both all zero: no error; the reference alone: infinite. NaN stays NaN, by the order of min and max."""
     relative = math.sqrt(error / reference) if reference else (math.inf if error else 0.0)
     norms = math.sqrt(reference * candidate)
-    cosine = max(-1.0, min(1.0, product / norms)) if norms else float(reference == candidate)
+    cosine = max(min(product / norms, 1.0), -1.0) if norms else float(reference == candidate)
     if relative in (0, math.inf):
         return Gap(relative, cosine, -math.inf if relative else math.inf)
     return Gap(relative, cosine, -20 * math.log10(relative))

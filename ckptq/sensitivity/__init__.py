@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptq.sensitivity.choose import Kl, Ranked
-
 if TYPE_CHECKING:
     from ckptq.console import Console
     from ckptq.sections import Calibration
+    from ckptq.sensitivity.choose import Kl, Ranked
     from ckptq.sensitivity.cost import Work
     from ckptq.sensitivity.recipe import Base
     from ckptq.sensitivity.units import Unit
@@ -142,6 +141,7 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
 
     from ckptq import hub
     from ckptq.calibration import load_samples
+    from ckptq.checkpoint import read_inventory
     from ckptq.convert import resolve_device
     from ckptq.recipe import load_recipe
     from ckptq.sections import of_models
@@ -153,6 +153,8 @@ def sensitivity(asked: Asked, console: Console, tell: Callable[[Counted], None],
     settings = of_models(asked.samples)
     opened = [hub.fetch(name, weights=True) for name in (asked.reference, asked.candidate)]
     count.refuse_pipelines(asked, opened)
+    for source in opened:  # what is no checkpoint is told before what has no tokenizer
+        read_inventory(source.root, source.header, strict=False)
     told = load_recipe(asked.recipe) if asked.recipe else None
     samples = load_samples(settings)
     where = torch.device(resolve_device(asked.device))

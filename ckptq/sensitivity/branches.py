@@ -29,7 +29,7 @@ from ckptq.console import Console
 from ckptq.lockstep import Wave
 from ckptq.scopes import Scope
 from ckptq.sensitivity.choose import Kl
-from ckptq.sensitivity.units import Unit, find_units
+from ckptq.sensitivity.units import Unit, find_units, refuse_changed_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Runner:
         """Tokens of each sample, prompts and images included. Raises CalibrationError for one without a token to judge."""
         return [self._inputs.encode(number)["input_ids"].shape[1] for number in range(len(self._inputs.samples))]
 
-    def local_errors(self, after_layer: AfterLayer = lambda layer, samples: None) -> dict[str, float]:
+    def local_errors(self, after_layer: AfterLayer | None = None) -> dict[str, float]:
         """{unit: relative L2 of its layer's output over all samples, where it alone is quantized}."""
         tally = Tally()
 
@@ -127,7 +127,7 @@ class Runner:
             first += len(self._pass(first, 1, "local errors", visit, after_layer))
         return {unit.name: tally.relative_l2(unit.layer, unit.name) for unit in self.units}
 
-    def exact(self, branches: Sequence[Branch], after_layer: AfterLayer = lambda layer, samples: None) -> list[Kl]:
+    def exact(self, branches: Sequence[Branch]) -> list[Kl]:
         """KL(reference || branch) of each, mean over judged tokens, with its bootstrap interval over samples."""
         found: dict[Branch, list[float]] = {branch: [] for branch in branches}
         computed = [_distinct(found, self.layer_of, layer) for layer in range(self.depth)]
@@ -140,14 +140,14 @@ class Runner:
 
         first = 0
         while first < len(self._inputs.samples):
-            last = self._pass(first, 1 + len(found), "exact KL", visit, after_layer)
+            last = self._pass(first, 1 + len(found), "exact KL", visit)
             for branch, distances in self._distances([*found], last, range(first, first + len(last)), states).items():
                 found[branch] += [float(part.kl.mean()) for part in distances]
             first += len(last)
         tokens = [len(self._inputs.spans[number]) for number in range(first)]
         return [_mean(tokens, found[branch]) for branch in branches]
 
-    def _pass(self, first: int, states: int, stage: str, visit: Visit, after_layer: AfterLayer) -> list[torch.Tensor]:
+    def _pass(self, first: int, states: int, stage: str, visit: Visit, after_layer: AfterLayer | None = None) -> list[torch.Tensor]:
         """Runs samples from `first` on through all layers, as many as fit the memory with so many states each.
 
         `visit` is told of each layer and sample. Returns the samples' last hidden states.
@@ -161,8 +161,11 @@ class Runner:
                     for place in range(len(wave)):
                         wave.step_one(place)
                         args, kwargs, output = seen
-                        visit(layer, place, _Call(args, kwargs, output, wave.hidden()[place]))
-                    after_layer(layer, len(wave))
+                        visit(layer, place, _Call(args, kwargs, output, wave.hidden_of(place)))
+                    if after_layer is not None:
+                        if one.device.type == "cuda":  # what was asked of it is done when the clock is looked at
+                            torch.cuda.synchronize(one.device)
+                        after_layer(layer, len(wave))
                     advance(1)
             other.release()
             return wave.hidden()
@@ -177,11 +180,7 @@ class Runner:
             return call.again(base, hidden)
 
     def _distances(
-        self,
-        branches: Sequence[Branch],
-        last: Sequence[torch.Tensor],
-        numbers: range,
-        states: dict[tuple[Branch, int], torch.Tensor],
+        self, branches: Sequence[Branch], last: Sequence[torch.Tensor], numbers: range, states: _States
     ) -> dict[Branch, list[Distances]]:
         """Of each branch, sample by sample. `last`: the reference's hidden states; `states` holds the others', and is emptied."""
         hidden = []
@@ -219,6 +218,7 @@ def running(
         pairs = ((reference, candidate), (candidate, reference))
         sides = [stack.enter_context(open_side(folder, device, beside, scope)) for folder, beside in pairs]
         refuse_others(sides[0], sides[1])
+        refuse_changed_norms(sides[0], sides[1])
         if memory is None:
             memory = waiting_room(sides, len(samples), sequence_length, limit, device)
         yield Runner(sides[0], sides[1], inputs, memory, console)

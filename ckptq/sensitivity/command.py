@@ -61,11 +61,12 @@ def sensitivity(
     """Rank what a conversion quantizes by what that costs, and print a recipe that keeps the worst of it."""
     from ckptq import sensitivity as ranking
     from ckptq.console import Console
-    from ckptq.errors import RecipeError
+    from ckptq.errors import OutputError, RecipeError
     from ckptq.sections import size_option
     from ckptq.sensitivity import recipe as recipes
     from ckptq.sensitivity import render
     from ckptq.sensitivity.cost import parse_duration
+    from ckptq.writer import write_report
 
     if keep is not None and kl is not None:
         raise RecipeError("--keep and --kl: expected one of them")
@@ -97,15 +98,19 @@ def sensitivity(
             console.note(render.cost_line(counted))
 
     found = ranking.sensitivity(asked, console, tell, dry_run=dry_run)
-    command = None
+    command, problem, written = None, None, output
     if found is not None and found.recipe is not None:
-        assert told[0].base is not None
-        command = recipes.command(told[0].base, str(output or f"{Path(found.output or '').name}.yaml"))
         if output is not None:
-            with output.open("x", encoding="utf-8") as file:
-                file.write(found.recipe)
+            try:
+                write_report(output, found.recipe)
+            except OutputError as refused:  # what may have taken hours is shown all the same, with the recipe
+                problem, written = refused, None
+        assert told[0].base is not None
+        command = recipes.command(told[0].base, str(written or f"{Path(found.output or '').name}.yaml"))
     said = render.data(asked, told[0], found, command)
-    console.result(said, lambda: render.show(console, found, output, command) if found else None)
+    console.result(said, lambda: render.show(console, found, written, command) if found else None)
+    if problem is not None:
+        raise problem
     raise typer.Exit(found.exit_code if found else 0)
 
 

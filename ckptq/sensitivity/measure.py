@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ckptq.console import Console, duration
-from ckptq.errors import RecipeError
+from ckptq.errors import DataError, RecipeError
 from ckptq.sensitivity import Asked, Counted, Part, Point, Sensitivity, choose
 from ckptq.sensitivity.branches import Branch, Runner, forwards
 from ckptq.sensitivity.choose import Kl
 from ckptq.sensitivity.cost import Clock, Work, fit, fitting
+from ckptq.sensitivity.units import elsewhere
 
 _T = TypeVar("_T")
 WIDTH = 4
@@ -49,15 +50,25 @@ def _searching(asked: Asked, work: Work, exchanges: int = 1) -> list[Part]:
 def measure(asked: Asked, counted: Counted, runner: Runner, clock: Clock, console: Console) -> Sensitivity:
     """Does the work that was counted, or as much of it as fits the budget.
 
-    Raises RecipeError, after the first layer, for a budget that not even the local errors and the candidate's KL fit.
+    Raises RecipeError, after the first layer, for a budget that not even the local errors and the candidate's KL fit,
+    DataError where that KL is no number.
     """
     run = _Run(asked, counted, runner, clock, console)
+    if odd := elsewhere(runner.candidate):
+        run.say(
+            f"{odd[0]} and what else the candidate quantizes outside of the decoder layers, {len(odd)} linears, is not measured"
+        )
     local = run.local_errors()
     worst = choose.worst_first(local)[: len(local) if asked.exact is None else asked.exact]
     worst = worst[: run.affordable(worst)]
     everything = [run.keeping(()), *([Branch(frozenset(), kv=True)] if counted.kv else [])]
     run.exact(_EXACT, everything + [Branch(frozenset({name})) for name in worst])
     whole, cache = run.known[everything[0]], run.known[everything[1]] if counted.kv else None
+    if not math.isfinite(whole.mean):
+        raise DataError(
+            f"{asked.candidate}: a KL of {whole.mean} to {asked.reference} on these samples, so there is nothing to rank",
+            hint="`ckptq compare` says from which layer on, `ckptq validate` what is wrong with it",
+        )
     ranking = choose.rank(local, {name: run.known[Branch(frozenset({name}))] for name in worst}, whole.mean)
     kl, saved = {unit.name: unit.kl for unit in ranking}, {name: unit.saved for name, unit in counted.units.items()}
     order = [*kl] if asked.limit is None else choose.by_cost_of_a_byte(kl, saved)

@@ -111,7 +111,7 @@ def show(console: Console, found: Sensitivity, output: Path | None, command: str
     rows = [_row(counted, unit) for unit in found.ranking[:_SHOWN]]
     left = f" ({_SHOWN} of {len(found.ranking)})" if len(found.ranking) > _SHOWN else ""
     columns = ("place", "unit", "KL", "95 % interval", "local error", "saves")
-    console.table(f"What quantizing a unit alone costs{left}", columns, rows, right=(2, 4, 5), whole=(0, 1))
+    console.table(f"What quantizing a unit alone costs{left}", columns, rows, right=(2, 4, 5), whole=(0, 2, 4, 5))
     for line in _remarks(found):
         console.show(line)
 
@@ -129,7 +129,8 @@ def show(console: Console, found: Sensitivity, output: Path | None, command: str
         console.show(line)
     if found.recipe is not None and command is not None:
         console.show(f"written to {output}" if output else f"\n{safe_text(found.recipe, lines=True)}")
-        console.show(f"convert by it: {command}")
+        file = f"{Path(found.output or '').name}.yaml"
+        console.show(f"convert by it: {command}" if output else f"save it as {file} (--output does), then: {command}")
 
 
 def _row(counted: Counted, unit: Ranked) -> tuple[object, ...]:
@@ -157,7 +158,8 @@ def _verdict(found: Sensitivity) -> Iterator[str]:
     if point is not None and not point.kept:
         yield f"the candidate meets a KL of {limit:g} as it is: nothing needs to stay"
     elif point is not None:
-        count, of = amount(len(point.kept), "units"), "that cost the most" if limit is None else f"meets a KL of {limit:g}"
+        count, one = amount(len(point.kept), "units"), len(point.kept) == 1
+        of = f"that cost{'s' * one} the most" if limit is None else f"meets a KL of {limit:g}"
         yield f"keeping {count} {of}: KL {number(point.kl.mean)}, {size(point.nbytes)}, {point.nbytes / found.counted.stored:.1%}"
     elif limit is not None:
         best = min(found.curve, key=lambda p: p.kl.mean)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from ckptq.checkpoint import SourceTensor
 from ckptq.compare.sides import Side
-from ckptq.errors import RecipeError
+from ckptq.errors import RecipeError, UnsupportedError
 from ckptq.plan import module_of
 from ckptq.scopes import Scope
 from ckptq.validators.vllm_rules import ServerLinear
 
+_LAYERS = ("layers", "experts")
+"""Parts of a model whose linears are units."""
 _OF_CACHE = (".k_scale", ".v_scale")
 """These stay where the projection beside them does, for the cache is another choice."""
 
@@ -35,20 +37,50 @@ class Unit:
 
 
 def find_units(reference: Side, candidate: Side) -> tuple[Unit, ...]:
-    """The units that the candidate quantizes, by layer. Raises RecipeError where there are none.
-
-    What it quantizes outside of the decoder layers is none of them: no shipped recipe does so.
-    """
+    """The units that the candidate quantizes, by layer. Raises RecipeError where there are none. See also `elsewhere`."""
     at, scope = candidate.expected, candidate.scope
     grouped: dict[str, list[ServerLinear]] = {}
     for linear in dict.fromkeys(at.linears.values() if at else ()):
-        if at and linear.part in ("layers", "experts") and at.format_of(linear.shards[0]) is not None:
+        if at and linear.part in _LAYERS and at.format_of(linear.shards[0]) is not None:
             grouped.setdefault(linear.prefix, []).append(linear)
     if not grouped:
         raise RecipeError("the candidate quantizes no linear of a decoder layer: there is nothing to rank")
     before, after = (_module_bytes(scope, side.stored.tensors.values()) for side in (reference, candidate))
     found = (_unit(candidate, linears, before, after) for linears in grouped.values())
     return tuple(sorted(found, key=lambda unit: unit.layer))
+
+
+def elsewhere(candidate: Side) -> tuple[str, ...]:
+    """What it quantizes outside of the decoder layers, which are no units: of an output head, of towers. No conversion does so."""
+    at, stored = candidate.expected, candidate.stored.tensors
+    odd = (name for name, linear in at.linears.items() if linear.part not in _LAYERS) if at else ()
+    return tuple(n for n in odd if at and at.format_of(n) and (f"{n}.weight" in stored or f"{n}.weight_packed" in stored))
+
+
+def refuse_changed_norms(reference: Side, candidate: Side) -> None:
+    """Raises UnsupportedError where a norm of a decoder layer is another: SmoothQuant and AWQ move factors from norms into linears,
+    and such a linear is not what it stands for beside the reference's norm.
+    """
+    theirs, ours = _norms(reference), _norms(candidate)
+    for name in sorted(theirs.keys() & ours.keys()):
+        same = theirs[name].spec.dtype == ours[name].spec.dtype  # or else a cast is all that may be between them
+        if same and _whole(reference, theirs[name]) != _whole(candidate, ours[name]):
+            raise UnsupportedError(
+                f"{name}: the candidate's is another: what it quantizes was changed with it and can't be judged piece by piece",
+                hint="`ckptq compare` measures the candidate as a whole",
+            )
+
+
+def _norms(side: Side) -> dict[str, SourceTensor]:
+    """{canonical name: its weight}, of the decoder layers."""
+    found = ((name, t) for name, t in side.component.tensors.items() if name.endswith(".weight") and len(t.spec.shape) == 1)
+    return {side.scope.canonical(name): tensor for name, tensor in found if side.scope.layer_of(name)}
+
+
+def _whole(side: Side, tensor: SourceTensor) -> bytearray:
+    read = bytearray(tensor.spec.nbytes)
+    side.reader.read_into(tensor, 0, memoryview(read))
+    return read
 
 
 def _unit(side: Side, linears: list[ServerLinear], before: Counter[str], after: Counter[str]) -> Unit:

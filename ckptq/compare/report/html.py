@@ -100,6 +100,8 @@ class Tile:
 def _verdict(found: Comparison) -> tuple[str, str]:
     """(its class: "bad", "good" or "none"; in words)."""
     broken, count = sum(judged.broken for judged in found.limits), len(found.limits)
+    if found.undefined:
+        return "bad", f"Failed: {found.undefined}"
     if not count:
         return "none", "Measured. No limit was given, so there is no verdict."
     limits = f"{count} limit{'s' * (count > 1)}"
@@ -131,8 +133,10 @@ def _behavior_tiles(figures: Mapping[str, float], behavior: Behavior) -> Iterato
     yield Tile("Perplexity ratio", number(figures["perplexity_ratio"]), change)
     said = _between(figures, "nll_difference")
     if said:
-        holds = figures["nll_difference_low"] <= 0 <= figures["nll_difference_high"]
-        said += ", which holds 0: no difference is proven" if holds else ", which does not hold 0: they differ"
+        low, high = figures["nll_difference_low"], figures["nll_difference_high"]
+        differ = low > 0 or high < 0
+        told = ", which does not hold 0: they differ" if differ else ", which holds 0: no difference is proven"
+        said += told if math.isfinite(low + high) else ""
     yield Tile("Change of mean NLL", f"{figures['nll_difference']:+.4g}", said or "nats a token, of one sample")
 
 
