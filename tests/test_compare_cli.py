@@ -411,3 +411,9 @@ def test_a_conversion_ends_with_the_comparison(tmp_path: Path, capsys: pytest.Ca
         assert ended.value.code == code
         assert [judged["broken"] for judged in told["quality"]["limits"]] == [bool(code)]
         assert (tmp_path / name / "config.json").is_file()
+    asked[asked.index("--output") + 1] = str(tmp_path / "told")
+    with pytest.raises(SystemExit):
+        main([*asked, "--device", "cpu"])
+    told = capsys.readouterr().out
+    assert "BROKEN: top1_agreement is 0." in told
+    assert "serve it" not in told
