@@ -417,3 +417,9 @@ def test_a_conversion_ends_with_the_comparison(tmp_path: Path, capsys: pytest.Ca
     told = capsys.readouterr().out
     assert "BROKEN: top1_agreement is 0." in told
     assert "serve it" not in told
+    asked[asked.index("--output") + 1] = str(tmp_path / "unmeasured")
+    with pytest.raises(SystemExit) as ended:
+        main([*asked, "--device", "cpu", "--memory", "20MB"])  # enough to convert without samples
+    assert ended.value.code == 2
+    assert f"{tmp_path / 'unmeasured'} is written, but can't be compared with its source: --memory" in capsys.readouterr().err
+    assert (tmp_path / "unmeasured" / "config.json").is_file()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ckptq.compare import Asked, Comparison, compare
 from ckptq.compare.policy import parse_policy, refuse_unmeasured
 from ckptq.console import Console
+from ckptq.errors import CkptqError
 
 if TYPE_CHECKING:
     from ckptq.compare.policy import Part
@@ -36,11 +37,15 @@ def _samples(job: Prepared) -> Calibration | None:
 def judge_output(job: Prepared, report: Report, device: str, memory: int | None, console: Console) -> Comparison | None:
     """The published output beside its source, against the recipe's limits; None where the recipe has no such block.
 
-    Raises as `compare` does. Of a pipeline weights alone are compared.
+    Raises as `compare` does, saying that the output is there. Of a pipeline weights alone are compared.
     """
     quality = job.recipe.quality
     if quality is None:
         return None
     limits = tuple(parse_policy(limit) for limit in quality.fail_on)
     source = job.source.label or str(job.source.root)
-    return compare(Asked(source, str(report.output), limits, _samples(job), device=device, memory=memory), console)
+    try:
+        return compare(Asked(source, str(report.output), limits, _samples(job), device=device, memory=memory), console)
+    except CkptqError as problem:
+        problem.args = (f"{report.output} is written, but can't be compared with its source: {problem}",)
+        raise
