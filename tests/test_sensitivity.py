@@ -371,6 +371,8 @@ def test_what_can_not_be_ranked(fp8: Path, run: Run, tmp_path: Path) -> None:
     (short / "config.json").write_text(json.dumps(config))
     shutil.copytree(fp8, smoothed := tmp_path / "smoothed")
     tensors(lambda stored: stored.update({_FIRST: stored[_FIRST] * 2}))(smoothed)
+    shutil.copytree(fp8, last := tmp_path / "last")
+    tensors(lambda stored: stored.update({"model.norm.weight": stored["model.norm.weight"] * 2}))(last)
     (tmp_path / "narrow.yaml").write_text("quantize: [{modules: model.layers.1, scheme: fp8}]\nkeep: [model.visual, lm_head]\n")
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
@@ -381,6 +383,7 @@ def test_what_can_not_be_ranked(fp8: Path, run: Run, tmp_path: Path) -> None:
         ((SOURCE, tmp_path / "pipeline"), (), "a pipeline: what is ranked here are the layers of language models"),
         ((SOURCE, tmp_path / "absent"), (), "no such folder"),
         ((SOURCE, smoothed), (), f"{_FIRST}: the candidate's is another: what it quantizes was changed with it"),
+        ((SOURCE, last), (), "model.norm.weight: the candidate's is another"),
         ((SOURCE, tmp_path), (), "has no config.json"),
     ):
         told = run("sensitivity", *pair, *FEW, *options)

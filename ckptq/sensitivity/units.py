@@ -58,8 +58,8 @@ def elsewhere(candidate: Side) -> tuple[str, ...]:
 
 
 def refuse_changed_norms(reference: Side, candidate: Side) -> None:
-    """Raises UnsupportedError where a norm of a decoder layer is another: SmoothQuant and AWQ move factors from norms into linears,
-    and such a linear is not what it stands for beside the reference's norm.
+    """Raises UnsupportedError where a norm of the language model is another: SmoothQuant and AWQ move factors from norms into
+    linears, and such a linear is not what it stands for beside the reference's norm.
     """
     theirs, ours = _norms(reference), _norms(candidate)
     for name in sorted(theirs.keys() & ours.keys()):
@@ -72,9 +72,15 @@ def refuse_changed_norms(reference: Side, candidate: Side) -> None:
 
 
 def _norms(side: Side) -> dict[str, SourceTensor]:
-    """{canonical name: its weight}, of the decoder layers."""
-    found = ((name, t) for name, t in side.component.tensors.items() if name.endswith(".weight") and len(t.spec.shape) == 1)
-    return {side.scope.canonical(name): tensor for name, tensor in found if side.scope.layer_of(name)}
+    """{canonical name: its weight}, of the decoder layers and beside them."""
+    scope = side.scope
+    found = ((scope.canonical(name), tensor) for name, tensor in side.component.tensors.items() if len(tensor.spec.shape) == 1)
+    beside, towers = f"{scope.layers.rpartition('.')[0]}.", tuple(f"{tower.prefix}." for tower in scope.towers)
+    return {
+        name: tensor
+        for name, tensor in found
+        if name.endswith(".weight") and name.startswith(beside) and not name.startswith(towers)
+    }
 
 
 def _whole(side: Side, tensor: SourceTensor) -> bytearray:
