@@ -7,7 +7,6 @@ import gc
 import os
 import shlex
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ckptq.compare.command import compare
+from ckptq.interrupts import unwind_on_signals
 from ckptq.sensitivity.command import sensitivity
 
 Format = Literal["human", "json"]
@@ -263,9 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which would spin too; nothing here multiplies matrices with it
     atexit.register(gc.freeze)  # nothing left is garbage: looking through it all once more took a quarter of a second
     gc.set_threshold(50_000, 20, 100)  # imports make a million objects and no garbage: looking for some took a tenth of their time
-    stopped: list[bool] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _interrupt(arguments, stopped))
+    stopped = unwind_on_signals(lambda: _say("stopping; once more stops at once", None), lambda: _stop_now(arguments))
     try:
         code = app(arguments, prog_name="ckptq", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -273,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:  # a library that is interrupted while it is imported raises what it likes
-        code = 130 if stopped else _failed(error)
+        code = 130 if stopped() else _failed(error)
     if code == 130:  # typer turns Ctrl-C into an exit code of its own
         _say("interrupted", _resume_hint(arguments))
     sys.exit(code if isinstance(code, int) else 0)
@@ -297,17 +295,9 @@ def _failed(error: Exception) -> int:
     return 2
 
 
-def _interrupt(arguments: list[str], stopped: list[bool]) -> NoReturn:
-    """The first signal unwinds, which waits for files that are being fetched. A second ends the process at once.
-
-    Nothing is lost by that: what `--resume` needs is complete on the disk at any moment.
-    """
-    if stopped:
-        _say("interrupted", _resume_hint(arguments))
-        os._exit(130)
-    stopped.append(True)
-    _say("stopping; once more stops at once", None)
-    raise KeyboardInterrupt
+def _stop_now(arguments: list[str]) -> NoReturn:
+    _say("interrupted", _resume_hint(arguments))
+    os._exit(130)
 
 
 def _resume_hint(arguments: list[str]) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import gc
 import itertools
@@ -215,13 +216,13 @@ def _child(task: dict[str, Any]) -> None:
     from ckptq import cli
 
     base = Path(task["base"])
-    signal.alarm(TOO_LONG)  # a child that hangs dies of it
     trace = os.open(base.with_suffix(".trace"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number, suffix in ((0, None), (1, ".out"), (2, ".err")):
         path = base.with_suffix(suffix) if suffix else Path(os.devnull)
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     if task.get("file_size"):  # the trace would grow beyond it, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), trace)
+    faulthandler.dump_traceback_later(TOO_LONG, exit=True)  # a child that hangs says where, and ends
     _watch(task, trace)
     _prepare_child(**task)
     code = 98

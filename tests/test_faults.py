@@ -587,3 +587,32 @@ def test_validate_refuses_an_unfinished_output(ckptq: Ckptq, runs: Runs, tmp_pat
     code, err = ckptq("validate", str(out))
     assert code == 2
     assert f"error: {out}: an unfinished conversion: it holds {STAGING}" in err
+
+
+LATE = """
+import os, signal, sys, time
+from ckptq.interrupts import unwind_on_signals
+
+class Gone:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        [None for _ in range(1000)]
+
+stopped = unwind_on_signals(lambda: print("first"), lambda: print("second"))
+try:
+    {what}
+    time.sleep(10)
+    print("lost")
+except KeyboardInterrupt:
+    print("unwound", stopped(), "slow" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("what", "imported"), [("import slow", True), ("Gone()", False)])
+def test_an_interrupt_comes_late_where_it_would_do_harm(what: str, imported: bool, tmp_path: Path) -> None:
+    """Within an import, whose lock could stay; while an object is freed, where no exception leaves."""
+    (tmp_path / "slow.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    argv = [sys.executable, "-c", LATE.format(what=what)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["first", f"unwound True {imported}"], done.stderr
