@@ -21,7 +21,7 @@ from ckptq.calibration.encode import Encoder
 from ckptq.compare.attended import Listeners, attended
 from ckptq.compare.head import Distances, compare_heads, split
 from ckptq.compare.room import waiting_room
-from ckptq.compare.sides import Samples, Side, open_side, predicting, refuse_others
+from ckptq.compare.sides import Samples, Side, open_pair, predicting
 from ckptq.compare.tally import Gap, LayerGap, Tally
 from ckptq.console import Console
 from ckptq.lockstep import Wave
@@ -110,13 +110,7 @@ def measure_behavior(
     encoder = Encoder(reference, max_pixels, sequence_length)
     inputs = Samples(encoder, samples)
     tally, found = Tally(), list[tuple[int, Distances]]()
-    with ExitStack() as stack, torch.inference_mode():
-        listeners = stack.enter_context(attended())
-        sides = [
-            stack.enter_context(open_side(folder, device, beside, scope))
-            for folder, beside in ((reference, candidate), (candidate, reference))
-        ]
-        refuse_others(sides[0], sides[1])
+    with attended() as listeners, open_pair(reference, candidate, device, scope) as sides, torch.inference_mode():
         if memory is None:
             memory = waiting_room(sides, len(samples), sequence_length, limit, device)
         first = 0

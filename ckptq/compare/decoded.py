@@ -31,7 +31,8 @@ class Decoded(Reader):
     def __init__(self, root: Path, component: Component, stored: Component, at: Expected | None = None) -> None:
         """`at`: what the server builds, which rounds some weights a second time.
 
-        Raises DataError for codes whose scales are not there, not finite or no factor."""
+        Raises DataError for codes whose scales are not there, not finite or no factor.
+        """
         super().__init__(root, component)
         self._stored = Reader(root, stored)
         self._held: dict[str, Held] = {}

@@ -38,13 +38,13 @@ def measure(
     import torch
 
     from ckptq.compare.behavior import measure_behavior
-    from ckptq.compare.sides import open_side, refuse_others
+    from ckptq.compare.sides import open_pair
 
     samples = load_samples(settings)
     where = torch.device(resolve_device(device))
     for root in roots[2:]:  # what is wrong with a baseline is told before the candidate has run
-        with open_side(roots[0], where, root, scope) as one, open_side(root, where, roots[0], scope) as other:
-            refuse_others(one, other)
+        with open_pair(roots[0], root, where, scope):
+            pass
     found, *baseline = [
         measure_behavior(
             roots[0],

@@ -63,6 +63,14 @@ def open_side(folder: Path, device: torch.device, beside: Path | None = None, gi
         yield side
 
 
+@contextmanager
+def open_pair(reference: Path, candidate: Path, device: torch.device, given: Scope | None = None) -> Iterator[tuple[Side, Side]]:
+    """Both, see `open_side`. Raises RecipeError for two of different models."""
+    with open_side(reference, device, candidate, given) as one, open_side(candidate, device, reference, given) as other:
+        _refuse_others(one, other)
+        yield one, other
+
+
 def _open(stack: ExitStack, folder: Path, device: torch.device, beside: Path | None, given: Scope | None) -> Side:
     inventory = read_inventory(folder)
     if inventory.pipeline is not None:
@@ -105,8 +113,7 @@ def _expected(folder: Path, component: Component, scope: Scope) -> Expected:
     return expect(stored, scope, settings)
 
 
-def refuse_others(one: Side, other: Side) -> None:
-    """Raises RecipeError for two of different models."""
+def _refuse_others(one: Side, other: Side) -> None:
     pairs = {
         "architecture": (one.scope.name, other.scope.name),
         "number of layers": (len(one.model.layers), len(other.model.layers)),

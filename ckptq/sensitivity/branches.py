@@ -23,7 +23,7 @@ from ckptq.calibration.encode import Encoder
 from ckptq.compare.head import Distances, compare_heads, split
 from ckptq.compare.room import waiting_room
 from ckptq.compare.sampled import interval
-from ckptq.compare.sides import Samples, Side, open_side, predicting, refuse_others
+from ckptq.compare.sides import Samples, Side, open_pair, predicting
 from ckptq.compare.tally import Tally
 from ckptq.console import Console
 from ckptq.lockstep import Wave
@@ -214,10 +214,7 @@ def running(
     UnsupportedError for what can't be computed, CalibrationError for samples without judged tokens.
     """
     inputs = Samples(Encoder(reference, max_pixels, sequence_length), samples)
-    with ExitStack() as stack, torch.inference_mode():
-        pairs = ((reference, candidate), (candidate, reference))
-        sides = [stack.enter_context(open_side(folder, device, beside, scope)) for folder, beside in pairs]
-        refuse_others(sides[0], sides[1])
+    with open_pair(reference, candidate, device, scope) as sides, torch.inference_mode():
         refuse_changed_norms(sides[0], sides[1])
         if memory is None:
             memory = waiting_room(sides, len(samples), sequence_length, limit, device)
